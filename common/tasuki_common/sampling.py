@@ -49,8 +49,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
 
     def __post_init__(self) -> None:
         set_field = msgspec.structs.force_setattr
-        stop = self.stop
-        set_field(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        set_field(self, "stop", stop)
         set_field(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         if self.top_k == -1:
             set_field(self, "top_k", 0)
@@ -70,7 +70,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
                 _INT64_MIN <= self.seed <= _INT64_MAX,
                 f"must be an int64, from {_INT64_MIN} to {_INT64_MAX}",
             )
-        self._check("stop", all(self.stop), "must not hold an empty string")
+        self._check("stop", "" not in stop, "must not hold an empty string")
         if self.max_tokens is not None:
             self._check("max_tokens", self.max_tokens >= 0, "must be 0 or more")
             self._check(

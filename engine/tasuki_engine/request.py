@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from tasuki_common.sampling import SamplingParams
+from tasuki_transfer.spans import Span
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
@@ -66,20 +67,6 @@ class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The stop token that ended it, unless it is the model's eos."""
     error: str | None = None
     """A sentence, when finish_reason is `error`."""
-
-
-class Span(msgspec.Struct, frozen=True, array_like=True):
-    """One block or slot of a prefix, as its holder offers it.
-
-    `pool` names the region ("full", "window", "state"); `index` is the block or slot in the holder's
-    region; `ordinal` is its place in the prefix (block number; 0 for the state). `generation` counts
-    how often `index` was given out: content may only be trusted while it stands.
-    """
-
-    pool: str
-    index: int
-    ordinal: int
-    generation: int
 
 
 class HandOver(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -1,1 +1,1 @@
-"""Moves spans of bytes from one process's pools into another's, and says for certain whether it did."""
+"""Moves spans of bytes between the pools of two processes, and says for certain whether it did."""
