@@ -110,6 +110,9 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """Transports the pod offers, best first."""
     lease_seconds: float
     """From the moment of writing; extended by the puller's heartbeats."""
+    prefix_hash: bytes = b""
+    """Name of the last block handed over (`hashing.block_hashes`); the decode pod computes its own
+    and refuses a prefix of other tokens or another salt."""
 
 
 class ResumedChoice(msgspec.Struct, frozen=True, kw_only=True):

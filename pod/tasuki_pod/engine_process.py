@@ -1,0 +1,126 @@
+"""The process that holds the engine: torch lives here and nowhere else in a pod.
+
+    main thread     take commands → step → report, and nothing else touches the engine
+    reader thread   cuts the socket's bytes into commands
+    transfer thread an asyncio loop with the giver or the taker of the hand-over
+
+The other threads talk to the main one through its inbox, so that an idle engine wakes at once and a
+busy one sees all that came between two steps. The process ends when it is told to, when its pod's
+HTTP process is gone, or when the engine fails; it never goes on with an engine it cannot trust.
+"""
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import msgspec
+
+from tasuki_common import logs
+from tasuki_engine.engine import Engine
+from tasuki_pod.engine_loop import EngineLoop
+from tasuki_pod.transfer_agent import TransferAgent
+from tasuki_pod.wire import (
+    LENGTH,
+    MAX_MESSAGE_BYTES,
+    Command,
+    Crashed,
+    Ready,
+    Report,
+    Start,
+    Stop,
+    pack,
+)
+
+log = logs.get("tasuki.engine_process")
+
+_ORPHAN_SECONDS = 10.0
+"""How long a step may still run after the HTTP process is gone."""
+
+Inbox = queue.SimpleQueue[Command | Callable[[], None]]
+
+
+def main(file_descriptor: int) -> int:
+    """Serves the engine over the inherited socket until it ends; the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the HTTP process conducts the drain
+    channel = socket.socket(fileno=file_descriptor)
+    inbox: Inbox = queue.SimpleQueue()
+    reader = threading.Thread(target=_read, args=(channel, inbox), name="commands", daemon=True)
+    reader.start()
+    signal.signal(signal.SIGTERM, lambda *_: inbox.put(Stop()))
+    start = inbox.get()
+    if not isinstance(start, Start):
+        return 0
+    logs.setup(component=f"{start.role}-engine", level=start.log_level)
+    try:
+        _serve(start, inbox, channel)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        log.exception("engine_failed", pod=start.pod)
+        _say_last(channel, Crashed("".join(traceback.format_exception_only(error)).strip()))
+        return 1
+    return 0
+
+
+def _serve(start: Start, inbox: Inbox, channel: socket.socket) -> None:
+    begun = time.monotonic()
+    engine = Engine(start.engine)
+    agent = TransferAgent(start, engine, inbox.put)
+
+    def send(report: Report) -> None:
+        channel.sendall(pack(report))
+
+    try:
+        host, port, backends = agent.start()
+        send(
+            Ready(
+                fingerprint=engine.fingerprint,
+                hash_revision=engine.hash_revision,
+                hash_algorithm=engine.config.hash_algorithm,
+                block_size=engine.config.block_size,
+                needs_checkpoint=engine.model.cache_spec.state is not None,
+                max_model_len=engine.max_model_len,
+                vocab_size=engine.model.vocab_size,
+                folder=str(engine.model.folder),
+                transfer_host=host,
+                transfer_port=port,
+                transfer_backends=backends,
+                stats=engine.stats(),
+            )
+        )
+        log.info("engine_ready", pod=start.pod, seconds=round(time.monotonic() - begun, 3))
+        EngineLoop(engine, agent, inbox, send).run()
+    finally:
+        agent.stop()
+
+
+def _read(channel: socket.socket, inbox: Inbox) -> None:
+    """Puts each command into the inbox; at the socket's end a `Stop`, and the process's end soon."""
+    decoder = msgspec.msgpack.Decoder(Command)
+    stream = channel.makefile("rb")
+    while header := stream.read(LENGTH.size):
+        (size,) = LENGTH.unpack(header)
+        if size > MAX_MESSAGE_BYTES:
+            log.error("command_too_long", bytes=size)
+            break
+        inbox.put(decoder.decode(stream.read(size)))
+    inbox.put(Stop())
+    time.sleep(_ORPHAN_SECONDS)
+    os._exit(1)
+
+
+def _say_last(channel: socket.socket, report: Report) -> None:
+    try:
+        channel.sendall(pack(report))
+    except OSError:
+        log.warning("http_process_gone")
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
