@@ -1,0 +1,20 @@
+"""Redis: who is alive, who holds which prefix. Losing it loses speed, never an answer."""
+
+from tasuki_index.chain import Chain
+from tasuki_index.directory import Directory
+from tasuki_index.errors import IndexUnavailable
+from tasuki_index.events import CacheEvent, Change, Kind
+from tasuki_index.index import Index, Registration
+from tasuki_index.publisher import Publisher
+
+__all__ = [
+    "CacheEvent",
+    "Chain",
+    "Change",
+    "Directory",
+    "Index",
+    "IndexUnavailable",
+    "Kind",
+    "Publisher",
+    "Registration",
+]

@@ -1,0 +1,99 @@
+"""One Redis or Redis Cluster behind a time limit and a circuit breaker.
+
+Routing must never wait for a Redis that is in trouble. A call ends within `timeout`; after one that
+failed, calls fail at once for `PAUSE` seconds, and then one of them is let through as a probe.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
+from importlib import resources
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from tasuki_index.errors import IndexUnavailable
+
+PAUSE = 1.0
+"""Seconds without calls after a failed one."""
+CLUSTER_SCHEME = "redis+cluster://"
+
+
+class Script:
+    """A Lua script made of files in `scripts/`, joined in the order given."""
+
+    def __init__(self, *names: str) -> None:
+        folder = resources.files("tasuki_index") / "scripts"
+        files = ("common", *names)
+        self.source = "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in files)
+        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+class Connection:
+    """Runs commands and scripts; raises only `IndexUnavailable`.
+
+    `url`: redis://, rediss://, unix:// or redis+cluster://host:port; `timeout`: seconds a call may take.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self._url, self._timeout = url, timeout
+        self._client = _client(url, timeout)
+        self._closed_until = 0.0
+
+    async def command(self, *parts: bytes | str | int) -> Any:
+        """The answer to one command; its first key decides the cluster's node."""
+        return await self._guarded(lambda: self._client.execute_command(*parts))
+
+    async def run(self, script: Script, key: str, *arguments: bytes | str | int) -> Any:
+        """The answer of a script in one round trip; loads it where Redis does not know it."""
+        return await self._guarded(lambda: self._evaluate(script, key, arguments))
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._client.aclose()
+
+    async def _evaluate(
+        self, script: Script, key: str, arguments: tuple[bytes | str | int, ...]
+    ) -> Any:
+        try:
+            return await self._client.execute_command("EVALSHA", script.sha, 1, key, *arguments)
+        except NoScriptError:
+            return await self._client.execute_command("EVAL", script.source, 1, key, *arguments)
+
+    async def _guarded(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        now = time.monotonic()
+        if now < self._closed_until:
+            raise IndexUnavailable(f"Redis at {_without_password(self._url)} failed a moment ago")
+        if self._closed_until:
+            self._closed_until = (
+                now + self._timeout
+            )  # this call is the probe, others fail meanwhile
+        try:
+            async with asyncio.timeout(self._timeout):
+                answer = await call()
+        except (RedisError, OSError, TimeoutError) as error:
+            self._closed_until = time.monotonic() + PAUSE
+            reason = str(error) or type(error).__name__
+            where = _without_password(self._url)
+            raise IndexUnavailable(f"Redis at {where} gave no answer: {reason}") from error
+        self._closed_until = 0.0
+        return answer
+
+
+def _client(url: str, timeout: float) -> Redis | RedisCluster:
+    limits: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    once_more = Retry(NoBackoff(), 1)  # a pooled connection may have died with the Redis before
+    if url.startswith(CLUSTER_SCHEME):
+        plain = "redis://" + url.removeprefix(CLUSTER_SCHEME)
+        return RedisCluster.from_url(plain, retry=once_more, **limits)
+    return Redis.from_url(url, retry=once_more, **limits)
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
