@@ -11,7 +11,8 @@ that names where it came from; nothing falls back silently.
         api_key: str | None = dataclasses.field(default=None, metadata={"secret": True})
 
 Field types: str, int, float, bool, Literal of strings, tuple[str, ...] (comma list), dict (a JSON
-object), and any of them `| None` (an empty value is None).
+object), and any of them `| None` (an empty value is None). A field with `positional` metadata is
+given without its flag's name.
 """
 
 import argparse
@@ -49,11 +50,11 @@ def load(
     for field in _fields(cls):
         env_key = ENV_PREFIX + field.name.upper()
         if field.name in given:
-            values[field.name] = _read(given[field.name], hints[field.name], _flag(field.name))
+            values[field.name] = _read(given[field.name], hints[field.name], _name(field))
         elif env_key in environ:
             values[field.name] = _read(environ[env_key], hints[field.name], env_key)
         elif _required(field):
-            raise ConfigError(f"{prog} needs {_flag(field.name)} (or {env_key}).")
+            raise ConfigError(f"{prog} needs {_name(field)} (or {env_key}).")
     return cls(**values)
 
 
@@ -82,10 +83,12 @@ def _parser(cls: type, hints: dict[str, Any], prog: str) -> argparse.ArgumentPar
         text = _help(field).replace("%", "%%")
         if _strip_none(hints[field.name])[0] is bool:
             action = argparse.BooleanOptionalAction
-            parser.add_argument(_flag(field.name), dest=field.name, action=action, help=text)
+            parser.add_argument(_name(field), dest=field.name, action=action, help=text)
+        elif field.metadata.get("positional"):
+            parser.add_argument(field.name, metavar=_name(field), nargs="?", help=text)
         else:
             metavar = _metavar(hints[field.name])
-            parser.add_argument(_flag(field.name), dest=field.name, metavar=metavar, help=text)
+            parser.add_argument(_name(field), dest=field.name, metavar=metavar, help=text)
     return parser
 
 
@@ -93,8 +96,11 @@ def _fields(cls: type) -> list["dataclasses.Field[Any]"]:
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _name(field: "dataclasses.Field[Any]") -> str:
+    """The flag of a field, or what stands for a positional one."""
+    if field.metadata.get("positional"):
+        return field.name.upper()
+    return "--" + field.name.replace("_", "-")
 
 
 def _required(field: "dataclasses.Field[Any]") -> bool:

@@ -1,0 +1,7 @@
+"""`python -m tasuki_cli` is the `tasuki` command."""
+
+import sys
+
+from tasuki_cli.main import main
+
+sys.exit(main())

