@@ -1,0 +1,164 @@
+"""GraniteMoeHybrid (Granite 4.0): Mamba2 and attention mixers, each followed by an MLP.
+
+The MLP is a shared one, plus sparse experts in the MoE variant; embedding, attention, residual and
+logits have multipliers; positions come from the recurrent layers alone (NoPE) or from rope.
+"""
+
+import torch
+
+from tasuki_engine.layers.attention import Attention
+from tasuki_engine.layers.linear import Linear
+from tasuki_engine.layers.mamba2 import Mamba2, Mamba2Shape
+from tasuki_engine.layers.mlp import GatedMlp
+from tasuki_engine.layers.moe import SparseMoe
+from tasuki_engine.layers.rope import Rope
+from tasuki_engine.layers.step_plan import StepPlan, finish_step, plan_step
+from tasuki_engine.loader import Weights
+from tasuki_engine.model_config import ModelConfig
+from tasuki_engine.models.base import BaseModel, ModelContext
+from tasuki_engine.step import AttentionSpec, Caches, CacheSpec, StateSpec, StepInput
+from tasuki_kernels.norm import rms_norm
+
+
+class GraniteHybrid(BaseModel):
+    """A GraniteMoeHybridForCausalLM checkpoint."""
+
+    def __init__(self, context: ModelContext, weights: Weights) -> None:
+        super().__init__(context, weights, "model.embed_tokens.weight", "lm_head.weight")
+        config = context.config
+        config.refuse("hidden_act", "silu")
+        self.eps = float(config.get("rms_norm_eps", 1e-6))
+        self.embedding_multiplier = float(config.get("embedding_multiplier", 1.0))
+        self.residual_multiplier = float(config.get("residual_multiplier", 1.0))
+        self.logits_scaling = float(config.get("logits_scaling", 1.0))
+        uses_rope = config.get("position_embedding_type", None) == "rope"
+        self.rope = Rope(config, context.device) if uses_rope else None
+        self.num_heads = int(config.get("num_attention_heads"))
+        shape = _mamba_shape(config)
+        self.layers: list[_Layer] = []
+        counts = {"mamba": 0, "attention": 0}
+        for number, kind in enumerate(config.layer_types()):
+            prefix = f"model.layers.{number}"
+            self.layers.append(_Layer(weights, config, prefix, kind, shape, counts[kind]))
+            counts[kind] += 1
+        self.norm = weights.take("model.norm.weight")
+        self.cache_spec = CacheSpec(
+            full=_attention_spec(config, counts["attention"]),
+            window=None,
+            state=_state_spec(context, shape, counts["mamba"]),
+            kv_dtype=context.dtype,
+        )
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput, caches: Caches) -> torch.Tensor:
+        """float32 logits [rows, vocab] of `step.logits_rows`; writes the step into the caches."""
+        rope = self.rope.tables(step.positions) if self.rope else None
+        plan = plan_step(step, caches, self.cache_spec, self.num_heads, rope)
+        hidden = self.embed(step.token_ids).mul_(self.embedding_multiplier)
+        for layer in self.layers:
+            layer.add_to(hidden, plan, self.eps, self.residual_multiplier)
+        finish_step(step, caches)
+        hidden = rms_norm(hidden[step.logits_rows], self.norm, self.eps)
+        return self.logits(hidden).div_(self.logits_scaling)
+
+
+class _Layer:
+    """One mixer and one MLP, each behind a norm and scaled into the residual."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        prefix: str,
+        kind: str,
+        shape: Mamba2Shape,
+        index: int,
+    ) -> None:
+        self.mixer_norm = weights.take(f"{prefix}.input_layernorm.weight")
+        self.mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight")
+        self.mixer: Mamba2 | Attention
+        if kind == "mamba":
+            self.mixer = Mamba2(weights, f"{prefix}.mamba", shape, index)
+        else:
+            self.mixer = _attention(weights, config, f"{prefix}.self_attn", index)
+        self.mlp = GatedMlp(
+            Linear(weights.take(f"{prefix}.shared_mlp.input_linear.weight")),
+            Linear(weights.take(f"{prefix}.shared_mlp.output_linear.weight")),
+        )
+        self.moe: SparseMoe | None = None
+        if config.get("num_local_experts", 0):
+            self.moe = SparseMoe(
+                weights.take(f"{prefix}.block_sparse_moe.router.layer.weight"),
+                weights.take(f"{prefix}.block_sparse_moe.input_linear.weight"),
+                weights.take(f"{prefix}.block_sparse_moe.output_linear.weight"),
+                int(config.get("num_experts_per_tok")),
+            )
+
+    def add_to(self, hidden: torch.Tensor, plan: StepPlan, eps: float, scale: float) -> None:
+        x = rms_norm(hidden, self.mixer_norm, eps)
+        if isinstance(self.mixer, Mamba2):
+            assert plan.state is not None
+            self.mixer.add_to(hidden, x, plan.state, scale)
+        else:
+            assert plan.full is not None
+            self.mixer.add_to(hidden, x, plan.full, plan.rope, scale)
+        x = rms_norm(hidden, self.mlp_norm, eps)
+        self.mlp.add_to(hidden, x, scale)
+        if self.moe is not None:
+            self.moe.add_to(hidden, x, scale)
+
+
+def _attention(weights: Weights, config: ModelConfig, prefix: str, index: int) -> Attention:
+    names = [f"{prefix}.{part}_proj" for part in "qkv"]
+    return Attention(
+        qkv=Linear(
+            weights.fuse(*(f"{name}.weight" for name in names)),
+            weights.fuse_optional(*(f"{name}.bias" for name in names)),
+        ),
+        out=Linear(
+            weights.take(f"{prefix}.o_proj.weight"), weights.take_optional(f"{prefix}.o_proj.bias")
+        ),
+        num_heads=int(config.get("num_attention_heads")),
+        num_kv_heads=int(config.get("num_key_value_heads", config.get("num_attention_heads"))),
+        head_dim=config.head_dim,
+        layer=index,
+        scale=float(config.get("attention_multiplier", 1.0)),
+    )
+
+
+def _mamba_shape(config: ModelConfig) -> Mamba2Shape:
+    heads = int(config.get("mamba_n_heads", 128))
+    head_dim = config.get("mamba_d_head", "auto")
+    if head_dim == "auto":
+        head_dim = int(config.get("mamba_expand", 2)) * int(config.get("hidden_size")) // heads
+    return Mamba2Shape(
+        num_heads=heads,
+        head_dim=int(head_dim),
+        state_size=int(config.get("mamba_d_state", 256)),
+        groups=int(config.get("mamba_n_groups", 1)),
+        conv_kernel=int(config.get("mamba_d_conv", 4)),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        dt_limits=config.time_step_limit(),
+    )
+
+
+def _attention_spec(config: ModelConfig, layers: int) -> AttentionSpec | None:
+    if not layers:
+        return None
+    kv_heads = int(config.get("num_key_value_heads", config.get("num_attention_heads")))
+    return AttentionSpec(layers, kv_heads, config.head_dim)
+
+
+def _state_spec(context: ModelContext, shape: Mamba2Shape, layers: int) -> StateSpec | None:
+    if not layers:
+        return None
+    return StateSpec(
+        num_layers=layers,
+        conv_dim=shape.conv_dim,
+        conv_kernel=shape.conv_kernel,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        state_size=shape.state_size,
+        conv_dtype=context.dtype,
+        ssm_dtype=context.state_dtype or torch.float32,
+    )

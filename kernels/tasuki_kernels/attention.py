@@ -1,0 +1,138 @@
+"""Attention over a paged KV cache: one query per sequence (decode) and ragged chunks (prefill).
+
+K and V of the step's tokens are written before (`kv_write`), so everything is read from the cache.
+What is the same for all layers is planned once a step: `plan`, then `paged_attention` per layer.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """`count` sequences of `queries` tokens each, at query rows `start` onward.
+
+    gather: flat int64 [2 * count * kv_heads * blocks], rows of the cache at layer 0.
+    mask: bool [count, 1, 1 or group * queries, keys]; True is seen.
+    """
+
+    start: int
+    count: int
+    queries: int
+    gather: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """Which rows of the cache each sequence of a step reads.
+
+    rows: the cache as [blocks * layers * 2 * kv_heads, block_size * head_dim], the same memory.
+    """
+
+    rows: torch.Tensor
+    kv_heads: int
+    parts: list[_Part]
+
+
+def plan(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_lens: list[int],
+    context_lens: list[int],
+    num_decodes: int,
+    window: int | None,
+    group: int,
+) -> AttentionPlan:
+    """Plan one step for all layers of `cache`.
+
+    cache: [blocks, layers, 2, kv_heads, block_size, head_dim], each block contiguous.
+    block_table: [seqs, max_blocks]; entries past the context or behind the window are not read.
+    query_lens, context_lens: per sequence; the queries are the last tokens of the context. The first
+    `num_decodes` sequences have one query each and are computed together.
+    window: keys a query sees, itself included; None: all. group: query heads per KV head.
+    """
+    parts = []
+    if num_decodes:
+        table, contexts = block_table[:num_decodes], context_lens[:num_decodes]
+        parts.append(_part(cache, table, 0, 1, contexts, window, group))
+    start = num_decodes
+    for seq in range(num_decodes, len(query_lens)):
+        table, contexts = block_table[seq : seq + 1], context_lens[seq : seq + 1]
+        parts.append(_part(cache, table, start, query_lens[seq], contexts, window, group))
+        start += query_lens[seq]
+    return AttentionPlan(rows=_as_rows(cache), kv_heads=cache.shape[3], parts=parts)
+
+
+def paged_attention(
+    query: torch.Tensor, plan: AttentionPlan, layer: int, scale: float
+) -> torch.Tensor:
+    """Attend each query to its sequence's keys; softmax in float32 or better.
+
+    query: [tokens, heads, head_dim], any strides, heads of one KV head adjacent.
+    Returns [tokens, heads * head_dim]. Reads each sequence's K and V once.
+    """
+    tokens, heads, head_dim = query.shape
+    kv_heads = plan.kv_heads
+    group = heads // kv_heads
+    out = query.new_empty(tokens, heads * head_dim)
+    for part in plan.parts:
+        gathered = plan.rows.index_select(0, part.gather + layer * 2 * kv_heads)
+        shape = (2, part.count, kv_heads, -1, head_dim)
+        key, value = gathered.view(shape).to(query.dtype).unbind(0)
+        end = part.start + part.count * part.queries
+        # The heads of a group become further queries of their one KV head.
+        folded = query[part.start : end].view(part.count, part.queries, kv_heads, group, head_dim)
+        folded = folded.permute(0, 2, 3, 1, 4).reshape(part.count, kv_heads, -1, head_dim)
+        result = F.scaled_dot_product_attention(folded, key, value, part.mask, scale=scale)
+        result = result.view(part.count, kv_heads, group, part.queries, head_dim)
+        out[part.start : end].view(part.count, part.queries, kv_heads, group, head_dim).copy_(
+            result.permute(0, 3, 1, 2, 4)
+        )
+    return out
+
+
+def _part(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    start: int,
+    queries: int,
+    contexts: list[int],
+    window: int | None,
+    group: int,
+) -> _Part:
+    """Plan sequences with `queries` tokens each, whose block tables are the rows of `block_table`."""
+    device = cache.device
+    _, _, _, kv_heads, block_size, head_dim = cache.shape
+    context = torch.tensor(contexts, device=device)[:, None]
+    last_block = (context - 1) // block_size
+    first_block = torch.zeros_like(last_block)
+    if window is not None:
+        first_block = (context - queries - window + 1).clamp_(min=0) // block_size
+    span = int((last_block - first_block).max()) + 1
+    # Shorter sequences repeat their last block, under the mask.
+    columns = torch.minimum(first_block + torch.arange(span, device=device), last_block)
+    blocks = block_table.gather(1, columns).long()
+    row_of_block = blocks * (cache.stride(0) // (block_size * head_dim))
+    row_in_block = torch.arange(2 * kv_heads, device=device).view(2, 1, kv_heads, 1)
+    gather = row_of_block[None, :, None, :] + row_in_block
+
+    key_position = first_block * block_size + torch.arange(span * block_size, device=device)
+    query_position = context - queries + torch.arange(queries, device=device)
+    mask = key_position[:, None, :] <= query_position[:, :, None]
+    if window is not None:
+        mask &= key_position[:, None, :] > query_position[:, :, None] - window
+    if queries > 1:
+        mask = mask.repeat(1, group, 1)
+    return _Part(start, len(contexts), queries, gather.flatten(), mask[:, None])
+
+
+def _as_rows(cache: torch.Tensor) -> torch.Tensor:
+    """[blocks * layers * 2 * kv_heads, block_size * head_dim] over the memory of `cache`."""
+    blocks, _, _, _, block_size, head_dim = cache.shape
+    row = block_size * head_dim
+    assert cache[0].is_contiguous(), "a block must be one contiguous span"
+    assert cache.stride(0) % row == 0, "blocks must lie whole rows apart"
+    return cache.as_strided((blocks * (cache.stride(0) // row), row), (row, 1))

@@ -1,0 +1,170 @@
+"""Mamba2's state space recurrence, in chunks (prefill) and token by token (decode).
+
+Per head, with decay a_t = exp(dt_t * A) and state S [head_dim, state_size]:
+
+    S_t = a_t * S_{t-1} + dt_t * x_t B_t^T        y_t = S_t C_t + D * x_t
+
+The chunked form (Dao & Gu 2024, section 6) computes a chunk by matrix products and carries the state
+between chunks. States lie by slot in `states` [slots, heads, head_dim, state_size] (any stride
+between slots). A sequence that starts must find zeros in its slot. All is computed in float32.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SsdPlan:
+    """A step's prefill tokens cut into segments of at most CHUNK tokens, also at each checkpoint.
+
+    token_rows: [segments, CHUNK], the token of each place (0 where there is none).
+    is_padding: [segments, CHUNK, 1]. place: [tokens], each token's place among segments * CHUNK.
+    first_slots: per segment, the slot that its sequence starts from; None: goes on from the segment
+    before. last_slots: per segment, the slots to which the state after it goes.
+    """
+
+    token_rows: torch.Tensor
+    is_padding: torch.Tensor
+    place: torch.Tensor
+    first_slots: list[int | None]
+    last_slots: list[list[int]]
+
+
+def plan(
+    query_lens: list[int],
+    slots: list[int],
+    checkpoints: list[tuple[int, int, int]],
+    device: torch.device,
+) -> SsdPlan:
+    """Plan one step's prefill sequences for all layers.
+
+    checkpoints: (sequence, tokens, slot): the state after so many tokens goes to the slot, too.
+    """
+    cuts: list[dict[int, list[int]]] = [{} for _ in query_lens]
+    for seq, tokens, slot in checkpoints:
+        cuts[seq].setdefault(tokens, []).append(slot)
+    bounds: list[tuple[int, int]] = []
+    first_slots: list[int | None] = []
+    last_slots: list[list[int]] = []
+    row = 0
+    for length, slot, marks in zip(query_lens, slots, cuts, strict=True):
+        marks.setdefault(length, []).append(slot)
+        start = 0
+        for mark in sorted(marks):
+            while start < mark:
+                end = min(start + CHUNK, mark)
+                bounds.append((row + start, row + end))
+                first_slots.append(slot if start == 0 else None)
+                last_slots.append(marks.get(end, []))
+                start = end
+        row += length
+    starts, ends = torch.tensor(bounds).unbind(1)
+    token_rows = starts[:, None] + torch.arange(CHUNK)
+    is_padding = token_rows >= ends[:, None]
+    return SsdPlan(
+        token_rows=token_rows.masked_fill(is_padding, 0).to(device),
+        is_padding=is_padding[:, :, None].to(device),
+        place=(~is_padding).flatten().nonzero().flatten().to(device),
+        first_slots=first_slots,
+        last_slots=last_slots,
+    )
+
+
+def chunk_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    states: torch.Tensor,
+    plan: SsdPlan,
+) -> torch.Tensor:
+    """The recurrence over ragged sequences; leaves their last states, and checkpoints, in slots.
+
+    x: [tokens, heads, head_dim]; dt: [tokens, heads], positive, float32; A (negative), D: [heads]
+    float32; B, C: [tokens, groups, state_size]. Returns y [tokens, heads, head_dim] float32.
+    """
+    heads, groups = x.shape[1], B.shape[1]
+    rows = plan.token_rows
+    # s: segment, q and k: places in it, g: group, r: head in group, p: head_dim, n: state_size
+    xs = x[rows].float().unflatten(2, (groups, heads // groups)).permute(0, 2, 3, 1, 4)  # sgrqp
+    step = dt[rows].masked_fill_(plan.is_padding, 0.0)
+    step = step.unflatten(2, (groups, heads // groups)).permute(0, 2, 3, 1)  # sgrq
+    Bs = B[rows].float().permute(0, 2, 1, 3)  # sgqn
+    Cs = C[rows].float().permute(0, 2, 1, 3)
+    decay = (step * A.view(groups, -1, 1)).cumsum(-1)
+    end_decay = decay[..., -1:]
+
+    within = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).tril_()
+    scores = (decay[..., :, None] - decay[..., None, :]).masked_fill_(~within, -torch.inf).exp_()
+    scores.mul_((Cs @ Bs.transpose(-1, -2))[:, :, None]).mul_(step[..., None, :])
+    y = scores @ xs
+
+    inputs = xs * (step * (end_decay - decay).exp_())[..., None]
+    added = inputs.transpose(-1, -2) @ Bs[:, :, None]  # sgrpn
+    before = _carry_states(added, end_decay.exp(), states, plan)
+    carried = Cs[:, :, None] @ before.transpose(-1, -2)  # sgrqp
+    y.addcmul_(carried, decay.exp()[..., None])
+    y.addcmul_(xs, D.view(groups, -1, 1, 1))
+    return y.permute(0, 3, 1, 2, 4).reshape(-1, heads, x.shape[2]).index_select(0, plan.place)
+
+
+def _carry_states(
+    added: torch.Tensor, decay: torch.Tensor, states: torch.Tensor, plan: SsdPlan
+) -> torch.Tensor:
+    """States before each segment, from what each adds and by what it decays; writes the slots.
+
+    added: [segments, groups, heads / groups, head_dim, state_size]; overwritten by the states after
+    each segment. decay: [segments, groups, heads / groups, 1].
+    """
+    before = torch.empty_like(added)
+    for segment, slot in enumerate(plan.first_slots):
+        if slot is None:
+            before[segment] = added[segment - 1]
+        else:
+            before[segment] = states[slot].view_as(added[segment])
+        added[segment].addcmul_(before[segment], decay[segment][..., None])
+        for target in plan.last_slots[segment]:
+            states[target] = added[segment].view_as(states[target])
+    return before
+
+
+def selective_state_update(
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """One token for each of `slots`; updates their states in place.
+
+    x: [seqs, heads, head_dim]; dt: [seqs, heads], positive, float32; A (negative), D: [heads]
+    float32; B, C: [seqs, groups, state_size]. Returns y [seqs, heads, head_dim] float32.
+    """
+    seqs, heads, head_dim = x.shape
+    groups, size = B.shape[1:]
+    x = x.float()
+    state = states.index_select(0, slots).float()
+    state.mul_((dt * A).exp_()[:, :, None, None])
+    grouped = state.view(seqs, groups, -1, size)
+    scaled = (x * dt[:, :, None]).view(seqs, groups, -1, 1)
+    grouped.addcmul_(scaled, B.float()[:, :, None, :])
+    states[slots] = state.to(states.dtype)
+    y = (grouped @ C.float()[:, :, :, None]).view(seqs, heads, head_dim)
+    return y.addcmul_(x, D[:, None])
+
+
+def positive_dt(dt: torch.Tensor, bias: torch.Tensor, limits: tuple[float, float]) -> torch.Tensor:
+    """softplus(dt + bias) within `limits`, float32; dt: [tokens, heads], bias: [heads] float32."""
+    dt = F.softplus(dt.float() + bias)
+    if limits == (0.0, float("inf")):
+        return dt
+    return dt.clamp_(*limits)
