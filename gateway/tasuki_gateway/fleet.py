@@ -1,0 +1,234 @@
+"""The pods this gateway knows, and how loaded they are.
+
+The index lists the pods that live. A pod that it does not list (it was away, or lost its memory),
+or that failed us, is asked itself, and leaves the fleet when it does not answer as ready. So the
+fleet outlives the index, and a pod's death is known before its heartbeat runs out.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+
+import msgspec
+
+from tasuki_common import logs
+from tasuki_common.errors import ConfigError
+from tasuki_common.messages import Member
+from tasuki_gateway import models, routing
+from tasuki_gateway.http_client import HttpClient, UpstreamError
+from tasuki_gateway.models import ModelText
+from tasuki_index import Index, IndexUnavailable
+
+log = logs.get("tasuki.gateway")
+
+REFRESH_SECONDS = 1.0
+_ASK_SECONDS = 1.0
+_member_decoder = msgspec.msgpack.Decoder(Member)
+
+
+class Pod:
+    """One pod: its last heartbeat, and what this gateway has running on it."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.suspect = False
+        """It failed us and has not answered since."""
+        self._requests = self._tokens = 0
+        self._requests_then = self._tokens_then = 0
+
+    def heard(self, member: Member) -> None:
+        """Takes a new heartbeat; what it counts is no longer counted here."""
+        if member.load != self.member.load or member.incarnation != self.member.incarnation:
+            self._requests_then, self._tokens_then = self._requests, self._tokens
+        self.member = member
+
+    @property
+    def busy(self) -> int:
+        """Requests running or waiting: the heartbeat's, and the change in ours since it."""
+        load = self.member.load
+        return max(
+            self._requests, load.running + load.waiting + self._requests - self._requests_then
+        )
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens still to compute."""
+        return max(0, self.member.load.waiting_tokens + self._tokens - self._tokens_then)
+
+    def carry(self, tokens: int) -> "Burden":
+        """Counts a request sent to it, with `tokens` prompt tokens to compute, until it ends."""
+        self._requests += 1
+        self._tokens += tokens
+        return Burden(self, tokens)
+
+
+class Burden:
+    """One request of this gateway's on a pod."""
+
+    def __init__(self, pod: Pod, tokens: int) -> None:
+        self._pod = pod
+        self._tokens = tokens
+        self._ended = False
+
+    def computed(self) -> None:
+        """The prompt tokens are computed, or no longer wanted."""
+        self._pod._tokens -= self._tokens
+        self._tokens = 0
+
+    def end(self) -> None:
+        """The request is over; more calls do nothing."""
+        self.computed()
+        if not self._ended:
+            self._ended = True
+            self._pod._requests -= 1
+
+
+class Group:
+    """The pods that serve one name: of one fingerprint, ready, not draining."""
+
+    def __init__(self, text: ModelText, pods: Iterable[Pod]) -> None:
+        self.text = text
+        pods = list(pods)
+        self.decode = [pod for pod in pods if pod.member.role == "decode"]
+        self.prefill = [pod for pod in pods if pod.member.role == "prefill"]
+
+    @property
+    def member(self) -> Member:
+        """One of the decode pods: for what all of a fingerprint share."""
+        return self.decode[0].member
+
+
+class Fleet:
+    """Keeps groups by served name up to date; `run` is the task that does it."""
+
+    def __init__(
+        self, client: HttpClient, index: Index | None, seeds: Iterable[str], inline_characters: int
+    ) -> None:
+        self.groups: dict[str, Group] = {}
+        """By served name and alias; only names with a ready decode pod."""
+        self.names: dict[str, ModelText] = {}
+        """All names ever served, ready now or not."""
+        self._client = client
+        self._index = index
+        self._seeds = tuple(seed.rstrip("/") for seed in seeds)
+        self._inline_characters = inline_characters
+        self._pods: dict[str, Pod] = {}
+        self._texts: dict[str, ModelText] = {}
+        self._serving: dict[str, str] = {}
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Refreshes for ever."""
+        while True:
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("refresh_failed")
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    async def refresh(self) -> None:
+        """One look at the index and, where it does not suffice, at the pods."""
+        listed = {member.pod: member for member in await self._listed()}
+        to_ask = {pod.member.url for name, pod in self._pods.items() if name not in listed}
+        to_ask |= {pod.member.url for pod in self._pods.values() if pod.suspect}
+        to_ask |= set(self._seeds) - {member.url for member in listed.values()}
+        answers = await asyncio.gather(*(self._ask(url) for url in to_ask))
+        answered = {member.pod: member for member in answers if member is not None}
+        for name in self._pods.keys() - listed.keys() - answered.keys():
+            log.info("pod_left", pod=name)
+            del self._pods[name]
+        for name, member in (listed | answered).items():
+            self._hear(member, answered=name in answered)
+        await self._load_texts()
+        self._regroup()
+
+    def suspect(self, pod: Pod) -> None:
+        """Takes a pod that failed us out of routing until it answers again."""
+        if not pod.suspect:
+            pod.suspect = True
+            log.warning("pod_suspect", pod=pod.member.pod)
+            self._regroup()
+
+    async def changed(self, seconds: float) -> None:
+        """Until the groups change, or `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def _listed(self) -> list[Member]:
+        if self._index is None:
+            return []
+        try:
+            return await self._index.members()
+        except IndexUnavailable:
+            return []
+
+    async def _ask(self, url: str) -> Member | None:
+        packed = await self._get(url + "/member")
+        try:
+            return _member_decoder.decode(packed) if packed else None
+        except msgspec.MsgspecError as error:
+            log.warning("member_unreadable", url=url, error=str(error))
+            return None
+
+    async def _get(self, url: str) -> bytes | None:
+        """The body of a 200; None for any other outcome."""
+        try:
+            async with asyncio.timeout(_ASK_SECONDS):
+                response = await self._client.request("GET", url, silence=_ASK_SECONDS)
+                try:
+                    body = await response.body()
+                finally:
+                    response.close()
+        except (UpstreamError, TimeoutError):
+            return None
+        return body if response.status == 200 else None
+
+    def _hear(self, member: Member, *, answered: bool) -> None:
+        pod = self._pods.get(member.pod)
+        if pod is None:
+            self._pods[member.pod] = Pod(member)
+            log.info("pod_joined", pod=member.pod, role=member.role, url=member.url)
+            return
+        if answered or member.incarnation != pod.member.incarnation:
+            pod.suspect = False
+        pod.heard(member)
+
+    async def _load_texts(self) -> None:
+        """Fetches the card of each fingerprint not seen before, from one of its pods."""
+        for pod in list(self._pods.values()):
+            member = pod.member
+            if member.fingerprint in self._texts or pod.suspect:
+                continue
+            if not (packed := await self._get(member.url + "/card")):
+                continue
+            try:
+                text = await models.load(packed, inline_characters=self._inline_characters)
+            except (msgspec.MsgspecError, ConfigError) as error:
+                log.error("card_unusable", pod=member.pod, error=str(error))
+                continue
+            self._texts[member.fingerprint] = text
+
+    def _regroup(self) -> None:
+        usable = [
+            pod
+            for pod in self._pods.values()
+            if not pod.suspect and not pod.member.draining and pod.member.fingerprint in self._texts
+        ]
+        by_name: dict[str, list[Pod]] = {}
+        for pod in usable:
+            for name in (pod.member.model, *pod.member.aliases):
+                by_name.setdefault(name, []).append(pod)
+        groups: dict[str, Group] = {}
+        for name, pods in by_name.items():
+            decoding = Counter(p.member.fingerprint for p in pods if p.member.role == "decode")
+            chosen = routing.pick_fingerprint(decoding, self._serving.get(name))
+            if chosen is not None:
+                self._serving[name] = chosen
+                text = self.names[name] = self._texts[chosen]
+                groups[name] = Group(text, (p for p in pods if p.member.fingerprint == chosen))
+        self.groups = groups
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,0 +1,36 @@
+"""What the gateway knows of each model: its card, tokenizer and chat template."""
+
+import asyncio
+
+import msgspec
+
+from tasuki_common.chat import ChatTemplate
+from tasuki_common.messages import ModelCard
+from tasuki_common.tokenizer import Tokenizer
+
+
+class ModelText:
+    """Text to tokens and back for one model, built from a pod's card."""
+
+    def __init__(self, card: ModelCard, *, inline_characters: int) -> None:
+        self.tokenizer = Tokenizer.from_files(card.files, origin=card.model)
+        self.template = ChatTemplate.from_files(card.files, self.tokenizer.special_tokens)
+        self.card = msgspec.structs.replace(card, files={})
+        self._inline_characters = inline_characters
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids; a long text goes to a thread, so that others' streams go on meanwhile."""
+        if len(text) <= self._inline_characters:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+
+async def load(packed: bytes, *, inline_characters: int) -> ModelText:
+    """The model text of a packed `ModelCard`; building a tokenizer takes long, so in a thread.
+
+    Raises:
+        msgspec.MsgspecError: it is no card.
+        ConfigError: the model has no tokenizer that we can read.
+    """
+    card = msgspec.msgpack.decode(packed, type=ModelCard)
+    return await asyncio.to_thread(ModelText, card, inline_characters=inline_characters)

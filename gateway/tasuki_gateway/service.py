@@ -1,0 +1,298 @@
+"""What the gateway does with each kind of request."""
+
+import asyncio
+import hmac
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from tasuki_common import logs
+from tasuki_common.errors import DeadlineError, NotFoundError, OverloadedError, RequestError
+from tasuki_common.messages import Endpoint, GenerateRequest, Usage
+from tasuki_gateway import bodies, chunks, metrics, prompts, sampling
+from tasuki_gateway.config import GatewayConfig
+from tasuki_gateway.exchange import ClientGone, Exchange
+from tasuki_gateway.failures import AuthenticationError, TooManyRequestsError, failure
+from tasuki_gateway.fleet import Fleet
+from tasuki_gateway.models import ModelText
+from tasuki_gateway.relay import Legs, Relay, Sink
+
+log = logs.get("tasuki.gateway")
+
+_CLIENT_LEFT = 499
+_PARALLEL_PROMPTS = 64
+"""Prompts of one request that are relayed at a time."""
+_ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl-", "completion": "cmpl-"}
+
+
+class Record:
+    """What log and metrics say of a request."""
+
+    def __init__(self) -> None:
+        self.model = ""
+        self.usage: Usage | None = None
+        self.failovers = 0
+
+
+Handler = Callable[[Exchange, Record], Awaitable[None]]
+
+
+class Service:
+    """The endpoints of the OpenAI API over a fleet of pods."""
+
+    def __init__(self, config: GatewayConfig, fleet: Fleet, legs: Legs) -> None:
+        self.config = config
+        self.fleet = fleet
+        self._legs = legs
+        self._active: set[asyncio.Timeout] = set()
+        self._ending = False
+
+    def end_streams(self) -> None:
+        """Ends what still runs, each with an error its client can read."""
+        self._ending = True
+        for scope in self._active:
+            scope.reschedule(asyncio.get_running_loop().time())
+
+    async def serve(self, name: str, handler: Handler, exchange: Exchange) -> None:
+        """Runs a handler: limits, deadline, errors, log and metrics."""
+        record = Record()
+        metrics.in_flight.inc()
+        try:
+            await self._within_limits(handler, exchange, record)
+        except ClientGone:
+            exchange.gone = True
+        except Exception as error:
+            answer = failure(error)
+            if answer.status == 500:
+                log.exception("request_failed", request_id=exchange.request_id)
+            await exchange.fail(answer)
+        finally:
+            metrics.in_flight.dec()
+            self._account(name, exchange, record)
+
+    async def _within_limits(self, handler: Handler, exchange: Exchange, record: Record) -> None:
+        self._authenticate(exchange)
+        if len(self._active) >= self.config.max_requests:
+            raise TooManyRequestsError(
+                f"The gateway serves {self.config.max_requests} requests at a time; try again."
+            )
+        scope = asyncio.timeout(self.config.request_timeout)
+        try:
+            async with scope:
+                self._active.add(scope)
+                exchange.limit = scope
+                await handler(exchange, record)
+        except TimeoutError:
+            if exchange.gone or not scope.expired():
+                if not exchange.gone:
+                    raise
+            elif self._ending:
+                raise OverloadedError("The gateway is shutting down; try again.") from None
+            else:
+                seconds = self.config.request_timeout
+                raise DeadlineError(f"The request took more than {seconds:g} s.") from None
+        finally:
+            self._active.discard(scope)
+
+    def _authenticate(self, exchange: Exchange) -> None:
+        if self.config.api_key is None:
+            return
+        scheme, _, key = exchange.headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(
+            key.strip(), self.config.api_key.encode()
+        ):
+            raise AuthenticationError("No valid API key: send it as Authorization: Bearer KEY.")
+
+    def _account(self, name: str, exchange: Exchange, record: Record) -> None:
+        seconds = time.monotonic() - exchange.began
+        status = _CLIENT_LEFT if exchange.gone else exchange.status
+        metrics.requests.labels(record.model, name, status).inc()
+        metrics.request_seconds.labels(name).observe(seconds)
+        if exchange.first_write:
+            first = exchange.first_write - exchange.began
+            metrics.time_to_first_token_seconds.labels(name).observe(first)
+        usage = record.usage
+        if usage is not None:
+            metrics.prompt_tokens.inc(usage.prompt_tokens)
+            metrics.completion_tokens.inc(usage.completion_tokens)
+        log.info(
+            "request_done",
+            request_id=exchange.request_id,
+            endpoint=name,
+            model=record.model,
+            status=status,
+            seconds=round(seconds, 4),
+            usage=usage,
+            failovers=record.failovers,
+        )
+
+    def model(self, name: str | None) -> tuple[str, ModelText]:
+        """The served name and text of the model a client asks for.
+
+        Raises:
+            RequestError: none was named, and there is not just one.
+            NotFoundError: nobody serves it.
+        """
+        if name is None:
+            cards = {text.card.model for text in self.fleet.names.values()}
+            if len(cards) != 1:
+                raise RequestError("model is required.", param="model")
+            name = cards.pop()
+        text = self.fleet.names.get(name)
+        if text is None:
+            raise NotFoundError(f"The model {name!r} is not served here; /v1/models lists what is.")
+        return name, text
+
+    async def completions(self, exchange: Exchange, record: Record) -> None:
+        """POST /v1/completions."""
+        body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Completion)
+        name, text = self.model(body.model)
+        record.model = text.card.model
+        ids = await prompts.completion_prompts(body, text, self.config.max_prompts)
+        await self._generate(exchange, record, "completion", body, name, text, ids)
+
+    async def chat(self, exchange: Exchange, record: Record) -> None:
+        """POST /v1/chat/completions."""
+        body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Chat)
+        name, text = self.model(body.model)
+        record.model = text.card.model
+        ids = [await prompts.chat_prompt(body, text)]
+        await self._generate(exchange, record, "chat", body, name, text, ids)
+
+    async def _generate(
+        self,
+        exchange: Exchange,
+        record: Record,
+        endpoint: Endpoint,
+        body: bodies.Completion | bodies.Chat,
+        name: str,
+        text: ModelText,
+        ids: list[list[int]],
+    ) -> None:
+        card = text.card
+        params = sampling.sampling_params(
+            body, defaults=text.tokenizer.default_sampling, vocab_size=card.vocab_size
+        )
+        param = "messages" if endpoint == "chat" else "prompt"
+        prompts.check_context(ids, params.max_tokens, card.max_model_len, param)
+        options = body.stream_options or bodies.StreamOptions()
+        first = GenerateRequest(
+            request_id=exchange.request_id,
+            model=name,
+            endpoint=endpoint,
+            response_id=_ID_PREFIX[endpoint] + uuid.uuid4().hex,
+            created=int(time.time()),
+            prompt_token_ids=ids[0],
+            sampling=params,
+            echo=isinstance(body, bodies.Completion) and body.echo,
+            return_token_ids=body.return_token_ids,
+            return_tokens_as_token_ids=body.return_tokens_as_token_ids,
+            continuous_usage=options.continuous_usage_stats,
+            cache_salt=body.cache_salt,
+            priority=body.priority,
+        )
+        head = (first.response_id, first.created, name)
+        with exchange.watching():
+            if body.stream:
+                usage = await self._relay(exchange, record, first, ids, exchange.write)
+                include = options.include_usage
+                tail = chunks.usage_event(endpoint, *head, usage) if include else b""
+                await exchange.finish(tail + chunks.DONE)
+            else:
+                merger = chunks.Merger(endpoint)
+                usage = await self._relay(exchange, record, first, ids, merger.take)
+                await exchange.answer(merger.response(*head, usage))
+        record.usage = usage
+
+    async def _relay(
+        self,
+        exchange: Exchange,
+        record: Record,
+        first: GenerateRequest,
+        ids: list[list[int]],
+        sink: Sink,
+    ) -> Usage:
+        """Relays each prompt, some at a time; the choices' numbers tell their chunks apart."""
+        deadline = exchange.began + self.config.request_timeout
+        relays = [Relay(self._legs, first.model, first, sink, deadline)]
+        for number, prompt in enumerate(ids[1:], start=1):
+            request = msgspec.structs.replace(
+                first,
+                request_id=f"{first.request_id}-p{number}",
+                prompt_token_ids=prompt,
+                choice_offset=number * first.sampling.n,
+            )
+            relays.append(Relay(self._legs, first.model, request, sink, deadline))
+        try:
+            if len(relays) == 1:
+                return await relays[0].run()
+            return await _together(relays)
+        finally:
+            record.failovers = sum(relay.failovers for relay in relays)
+
+    async def tokenize(self, exchange: Exchange, record: Record) -> None:
+        """POST /tokenize: a prompt or messages to token ids."""
+        body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Tokenize)
+        _, text = self.model(body.model)
+        record.model = text.card.model
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("Either prompt or messages is required.", param="prompt")
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            ids = await text.encode(body.prompt, add_special_tokens=special)
+        else:
+            ids = await prompts.chat_prompt(body, text)
+        answer = {"count": len(ids), "max_model_len": text.card.max_model_len, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = [text.tokenizer.id_to_token(token) for token in ids]
+        await exchange.answer(msgspec.json.encode(answer))
+
+    async def detokenize(self, exchange: Exchange, record: Record) -> None:
+        """POST /detokenize: the inverse of /tokenize."""
+        body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Detokenize)
+        _, text = self.model(body.model)
+        record.model = text.card.model
+        sampling.check_ids("tokens", body.tokens, text.card.vocab_size)
+        decoded = text.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        await exchange.answer(msgspec.json.encode({"prompt": decoded}))
+
+    async def models(self, exchange: Exchange, record: Record) -> None:
+        """GET /v1/models: served names, aliases among them."""
+        data = [_model_object(name, text) for name, text in sorted(self.fleet.names.items())]
+        await exchange.answer(msgspec.json.encode({"object": "list", "data": data}))
+
+    async def one_model(self, exchange: Exchange, record: Record) -> None:
+        """GET /v1/models/{id}."""
+        name, text = self.model(exchange.path_params["model"])
+        await exchange.answer(msgspec.json.encode(_model_object(name, text)))
+
+
+async def _together(relays: list[Relay]) -> Usage:
+    """Runs relays side by side; the first error ends all."""
+    room = asyncio.Semaphore(_PARALLEL_PROMPTS)
+
+    async def run(relay: Relay) -> Usage:
+        async with room:
+            return await relay.run()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(relay)) for relay in relays]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    return chunks.total([task.result() for task in tasks])
+
+
+def _model_object(name: str, text: ModelText) -> dict[str, object]:
+    card = text.card
+    return {
+        "id": name,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "tasuki",
+        "root": card.root,
+        "parent": None if name == card.model else card.model,
+        "max_model_len": card.max_model_len,
+    }
