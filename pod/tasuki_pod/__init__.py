@@ -1,1 +1,1 @@
-"""What prefill and decode pods share: an HTTP process without torch, and an engine process behind it."""
+"""What prefill and decode pods share: a light HTTP process, an engine process behind it."""

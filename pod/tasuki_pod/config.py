@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import socket
+import typing
 from typing import Any
 
 import msgspec
@@ -10,53 +11,72 @@ import msgspec
 from tasuki_common.errors import ConfigError
 from tasuki_common.logs import Level
 from tasuki_engine.config import EngineConfig
+from tasuki_pod.wire import Backend
 
-_WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104
-
-
-def _field(help_text: str, **options: Any) -> Any:
-    secret = options.pop("secret", False)
-    return dataclasses.field(metadata={"help": help_text, "secret": secret}, **options)
+_WILDCARDS = ("0.0.0.0", "::", "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PodConfig:
     """Serves one model as a prefill or a decode pod."""
 
-    model: str = _field("Folder or Hugging Face id of the model.")
-    served_name: str = _field("Name of the model in requests; empty: that of its source.", default="")
-    aliases: tuple[str, ...] = _field("Other names of the model.", default=())
-    host: str = _field("Address the HTTP API listens on.", default="127.0.0.1")
-    port: int = _field("Port of the HTTP API; 0: a free one.", default=0)
-    advertise_host: str = _field(
-        "Address other pods and gateways reach this one at; empty: the listening address.",
+    model: str = dataclasses.field(metadata={"help": "Folder or Hugging Face id of the model."})
+    served_name: str = dataclasses.field(
+        default="", metadata={"help": "Name of the model in requests; empty: that of its source."}
+    )
+    aliases: tuple[str, ...] = dataclasses.field(
+        default=(), metadata={"help": "Other names of the model."}
+    )
+    host: str = dataclasses.field(
+        default="127.0.0.1", metadata={"help": "Address the HTTP API listens on."}
+    )
+    port: int = dataclasses.field(
+        default=0, metadata={"help": "Port of the HTTP API; 0: a free one."}
+    )
+    advertise_host: str = dataclasses.field(
         default="",
+        metadata={"help": "Address others reach this pod at; empty: the listening one."},
     )
-    redis_url: str | None = _field("Redis of the index; none: no index.", default=None)
-    pod_name: str = _field("Name, unique among live pods; empty: the host's.", default="")
-    transfer_backends: tuple[str, ...] = _field(
-        "Transports of the hand-over, best first.", default=("nixl", "tcp")
+    redis_url: str | None = dataclasses.field(
+        default=None, metadata={"help": "Redis of the index; none: no index."}
     )
-    transfer_host: str = _field(
-        "Address the hand-over listens on; empty: as --host.", default=""
+    pod_name: str = dataclasses.field(
+        default="", metadata={"help": "Name, unique among live pods; empty: the host's."}
     )
-    transfer_port: int = _field("Port of the hand-over; 0: a free one.", default=0)
-    transfer_key: str = _field(
-        "Key shared by all pods that hand over to each other.", default="", secret=True
+    transfer_backends: tuple[str, ...] = dataclasses.field(
+        default=("nixl", "tcp"), metadata={"help": "Transports of the hand-over, best first."}
     )
-    lease_seconds: float = _field(
-        "How long a finished prefix is kept for a pod that does not come.", default=30.0
+    transfer_host: str = dataclasses.field(
+        default="", metadata={"help": "Address the hand-over listens on; empty: as --host."}
     )
-    pull_timeout: float = _field(
-        "Seconds a decode pod waits for a hand-over before it computes the prompt itself.",
+    transfer_port: int = dataclasses.field(
+        default=0, metadata={"help": "Port of the hand-over; 0: a free one."}
+    )
+    transfer_key: str = dataclasses.field(
+        default="",
+        metadata={"help": "Key shared by all pods that hand over to each other.", "secret": True},
+    )
+    lease_seconds: float = dataclasses.field(
+        default=30.0,
+        metadata={"help": "How long a finished prefix is kept for a pod that does not come."},
+    )
+    pull_timeout: float = dataclasses.field(
         default=120.0,
+        metadata={"help": "Seconds a decode pod waits for a hand-over, then computes the prompt."},
     )
-    heartbeat_seconds: float = _field("Life of the pod's entry in the index.", default=6.0)
-    drain_seconds: float = _field(
-        "How long a stopping pod waits for its requests and leases.", default=30.0
+    heartbeat_seconds: float = dataclasses.field(
+        default=6.0, metadata={"help": "Life of the pod's entry in the index."}
     )
-    engine: dict[str, Any] = _field("Fields of the engine's configuration.", default_factory=dict)
-    log_level: Level = _field("Least level of log lines.", default="info")
+    drain_seconds: float = dataclasses.field(
+        default=30.0,
+        metadata={"help": "How long a stopping pod waits for its requests and leases."},
+    )
+    engine: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"help": "Fields of the engine's configuration."}
+    )
+    log_level: Level = dataclasses.field(
+        default="info", metadata={"help": "Least level of log lines."}
+    )
 
     def __post_init__(self) -> None:
         def fill(name: str, value: str) -> None:
@@ -70,13 +90,21 @@ class PodConfig:
         for name in ("lease_seconds", "pull_timeout", "heartbeat_seconds", "drain_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be above 0.")
-        if not self.transfer_backends:
-            raise ConfigError("transfer_backends is empty; name at least one of nixl, tcp.")
+        known = typing.get_args(Backend)
+        if not self.transfer_backends or not set(self.transfer_backends) <= set(known):
+            raise ConfigError(
+                f"transfer_backends is {self.transfer_backends!r}; name some of {', '.join(known)}."
+            )
         if not self.transfer_key:
             raise ConfigError(
                 "transfer_key is empty; give all pods one secret in TASUKI_TRANSFER_KEY."
             )
         self.engine_config()
+
+    @property
+    def transfer_address(self) -> str:
+        """Where other pods reach the hand-over."""
+        return _reachable(self.transfer_host)
 
     def engine_config(self) -> EngineConfig:
         """The engine's configuration.
@@ -88,7 +116,8 @@ class PodConfig:
         unknown = sorted(set(self.engine) - fields)
         if unknown:
             raise ConfigError(
-                f"engine.{unknown[0]} is no field of the engine; it has {', '.join(sorted(fields))}."
+                f"engine.{unknown[0]} is no field of the engine; it has "
+                f"{', '.join(sorted(fields))}."
             )
         try:
             return msgspec.convert({**self.engine, "model": self.model}, EngineConfig)

@@ -33,6 +33,8 @@ from tasuki_pod.wire import (
 )
 
 _STATS_SECONDS = 0.1
+_STALLED_SECONDS = 0.05
+"""Between two looks at requests that cannot move until a pin is dropped: they may be overdue."""
 
 
 @dataclasses.dataclass
@@ -81,7 +83,7 @@ class EngineLoop:
 
     def _take_commands(self) -> None:
         """All commands that are there; when the engine is idle, waits for one."""
-        idle = not self._engine.has_work()
+        idle = not self._engine.has_work() or self._engine.stalled
         try:
             self._handle(self._inbox.get(block=idle, timeout=self._patience() if idle else None))
             while True:
@@ -90,7 +92,9 @@ class EngineLoop:
             return
 
     def _patience(self) -> float | None:
-        """Seconds until a waiting reservation is given up; None: nothing to wake up for."""
+        """Seconds until the engine or a reservation must be looked at; None: it can wait."""
+        if self._engine.has_work():
+            return _STALLED_SECONDS
         if not self._waiting:
             return None
         first = min(entry.deadline for entry in self._waiting.values())
@@ -108,7 +112,9 @@ class EngineLoop:
             case DropPrefix():
                 self._drop(command.prefix_id)
             case Drain():
-                self._agent.drain(command.timeout, lambda: self._send(Drained(self._agent.leases())))
+                self._agent.drain(
+                    command.timeout, lambda: self._send(Drained(self._agent.leases()))
+                )
             case Stop() | Start():
                 self._stopped = True
             case call:
@@ -157,7 +163,7 @@ class EngineLoop:
             self._agent.complete(request_id, hand_over.num_cached_tokens)
 
     def _on_prefix_ended(self, request_id: str, outcome: str) -> None:
-        """The giver is done with it, whatever the outcome: abort what still runs, unpin the rest."""
+        """The giver is done with it, however: abort what still runs, unpin the rest."""
         if request_id not in self._hand_overs:
             return
         self._hand_overs.discard(request_id)

@@ -101,7 +101,7 @@ def _serve(start: Start, inbox: Inbox, channel: socket.socket) -> None:
 
 
 def _read(channel: socket.socket, inbox: Inbox) -> None:
-    """Puts each command into the inbox; at the socket's end a `Stop`, and the process's end soon."""
+    """Puts each command into the inbox; at the socket's end a `Stop`, then the process must end."""
     decoder = msgspec.msgpack.Decoder(Command)
     stream = channel.makefile("rb")
     while header := stream.read(LENGTH.size):

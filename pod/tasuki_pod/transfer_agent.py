@@ -1,7 +1,6 @@
 """The hand-over's thread in an engine process: a giver on prefill pods, a taker on decode pods.
 
-Everything arrives here from the engine's thread and goes back through its inbox; the two never share
-state.
+Everything arrives from the engine's thread and goes back through its inbox; they share no state.
 """
 
 import asyncio
@@ -89,7 +88,7 @@ class TransferAgent:
 
     def complete(self, request_id: str, num_cached_tokens: int) -> None:
         """All spans are offered."""
-        self._giving().complete(request_id, num_cached_tokens)
+        self._giving().complete(request_id)
 
     def fail(self, request_id: str, reason: str) -> None:
         """The prefix will not be completed, or not be kept."""
@@ -131,18 +130,17 @@ class TransferAgent:
         self._loop.call_soon_threadsafe(cancel)
 
     async def _pull(
-        self, prefix_id: str, ticket: Ticket, wanted: dict[str, dict[int, int]], timeout: float
+        self, prefix_id: str, ticket: Ticket, wanted: dict[str, dict[int, int]], seconds: float
     ) -> None:
         result = PullResult(reason="cancelled", message="The pull was cancelled.")
         try:
             if self._taker is None:
-                raise TransferError("refused", "This pod takes no prefixes.")
-            pulled = await self._taker.pull(ticket, wanted, timeout)
+                raise TransferError("giver_failed", "This pod takes no prefixes.")
+            pulled = await self._taker.pull(ticket, wanted, seconds)
             result = PullResult(
                 bytes=pulled.bytes,
                 seconds=pulled.seconds,
                 backend=pulled.backend,
-                num_cached_tokens=pulled.num_cached_tokens,
             )
         except TransferError as error:
             result = PullResult(reason=error.reason, message=str(error))
@@ -162,7 +160,7 @@ class TransferAgent:
                 key=start.transfer_key,
                 backends=start.transfer_backends,
             )
-            return "", 0, tuple(self._taker.backends)
+            return "", 0, start.transfer_backends
         self._giver = Giver(
             regions=self._engine.regions(),
             fingerprint=self._engine.fingerprint,
@@ -170,12 +168,13 @@ class TransferAgent:
             key=start.transfer_key,
             backends=start.transfer_backends,
             lease_seconds=start.lease_seconds,
+            generation=self._engine.generation,
             on_end=lambda request_id, outcome: self._post(
                 lambda: self._on_ended(request_id, outcome)
             ),
         )
         host, port = await self._giver.start(start.transfer_host, start.transfer_port)
-        return host, port, tuple(self._giver.backends)
+        return host, port, start.transfer_backends
 
     async def _close(self) -> None:
         for task in list(self._pulls.values()):

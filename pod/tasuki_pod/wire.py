@@ -5,6 +5,7 @@ Each message is u32 little-endian bytes of msgpack behind its length. The HTTP p
 """
 
 import struct
+from typing import Literal
 
 import msgspec
 
@@ -13,6 +14,8 @@ from tasuki_common.logs import Level
 from tasuki_common.messages import Role, Ticket
 from tasuki_engine.config import EngineConfig
 from tasuki_engine.request import CacheEvent, EngineRequest, EngineStats, TokenOutput
+
+Backend = Literal["nixl", "tcp"]
 
 LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 1 << 30
@@ -26,7 +29,7 @@ class Start(msgspec.Struct, tag="start", kw_only=True):
     pod: str
     incarnation: str
     transfer_key: bytes
-    transfer_backends: tuple[str, ...]
+    transfer_backends: tuple[Backend, ...]
     transfer_host: str
     transfer_port: int
     lease_seconds: float

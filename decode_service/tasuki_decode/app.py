@@ -1,0 +1,122 @@
+"""The routes of a decode pod: take over state, stream tokens as frames."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from tasuki_common import logs
+from tasuki_common.errors import DeadlineError, RequestError, TasukiError
+from tasuki_common.frames import CONTENT_TYPE, Kind, encode
+from tasuki_common.messages import GenerateRequest
+from tasuki_common.tokenizer import Tokenizer
+from tasuki_decode.generation import Generation
+from tasuki_pod.engine_client import EngineLostError
+from tasuki_pod.http import Endpoint, error_body, read_message, until_disconnect
+from tasuki_pod.pod import Pod
+
+log = logs.get("tasuki.decode")
+
+_HEADERS = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")]
+
+
+def routes(pod: Pod) -> Sequence[BaseRoute]:
+    """What a decode pod serves beside the common routes."""
+    generations = Generations(pod)
+    return [
+        Route("/generate", Endpoint(generations.generate), methods=["POST"]),
+        Route("/requests/{request_id}", generations.delete, methods=["DELETE"]),
+    ]
+
+
+class Generations:
+    """All streams of a pod."""
+
+    def __init__(self, pod: Pod) -> None:
+        self._pod = pod
+        self._decoder = msgspec.msgpack.Decoder(GenerateRequest)
+        self._running: dict[str, set[Generation]] = {}
+        self._tokenizer: asyncio.Future[Tokenizer] | None = None
+        if Path(pod.config.model).is_dir():  # read while the engine loads
+            self._tokenizer = self._load(pod.config.model)
+
+    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST /generate: GenerateRequest → frames; closing the connection cancels."""
+        with self._pod.admission():
+            request = await read_message(receive, self._decoder)
+            _check(request)
+            generation = Generation(self._pod, await self._tokenizer_of_model(), request)
+            same_id = self._running.setdefault(request.request_id, set())
+            same_id.add(generation)
+            try:
+                await until_disconnect(receive, self._serve(generation, request.timeout, send))
+            finally:
+                generation.close()
+                same_id.discard(generation)
+                if not same_id:
+                    self._running.pop(request.request_id, None)
+
+    async def delete(self, request: Request) -> Response:
+        """DELETE /requests/{id}: ends its streams."""
+        for generation in self._running.get(request.path_params["request_id"], ()):
+            generation.cancel()
+        return Response(status_code=204)
+
+    async def _serve(self, generation: Generation, seconds: float, send: Send) -> None:
+        """Frames, and in the end an error as a status or, once frames are out, as a frame."""
+        begun = False
+
+        async def write(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        try:
+            async with _deadline(seconds):
+                await generation.admit()
+                begun = True
+                start = {"type": "http.response.start", "status": 200, "headers": _HEADERS}
+                await send(start)
+                await generation.stream(write)
+        except TasukiError as error:
+            self._pod.metrics.request_ended(type(error).__name__)
+            if not begun:
+                raise
+            kind = Kind.RETRY if isinstance(error, EngineLostError) else Kind.ERROR
+            await write(encode(kind, 0, [], msgspec.json.encode(error_body(error)[1])))
+        except asyncio.CancelledError:
+            self._pod.metrics.request_ended("cancelled")
+            raise
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _tokenizer_of_model(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = self._load(self._pod.engine.folder)
+        return await asyncio.shield(self._tokenizer)
+
+    def _load(self, folder: str) -> "asyncio.Future[Tokenizer]":
+        return asyncio.ensure_future(asyncio.to_thread(Tokenizer.from_folder, folder))
+
+
+@contextlib.asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise DeadlineError("The request's deadline passed before it was done.") from error
+
+
+def _check(request: GenerateRequest) -> None:
+    if request.resume and len(request.resume) != request.sampling.n:
+        raise RequestError(
+            f"resume has {len(request.resume)} choices, n is {request.sampling.n}.", param="resume"
+        )
+    if request.sampling.seed is None:
+        raise RequestError(
+            "sampling.seed is missing; without it no other pod could go on.", param="seed"
+        )
