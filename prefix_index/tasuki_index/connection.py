@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from tasuki_index.errors import IndexUnavailable
 
@@ -37,7 +37,7 @@ class Script:
 class Connection:
     """Runs commands and scripts; raises only `IndexUnavailable`.
 
-    `url`: redis://, rediss://, unix:// or redis+cluster://host:port; `timeout`: seconds a call may take.
+    `url`: redis://, rediss://, unix:// or redis+cluster://host:port. `timeout`: seconds of a call.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -76,7 +76,7 @@ class Connection:
         try:
             async with asyncio.timeout(self._timeout):
                 answer = await call()
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             self._closed_until = time.monotonic() + PAUSE
             reason = str(error) or type(error).__name__
             where = _without_password(self._url)

@@ -19,11 +19,6 @@ from tasuki_index.events import Change
 
 log = logs.get("tasuki.index")
 
-NAME = 8
-"""Bytes of a block's name that the index keeps. Two names that share them cost one wrong hint."""
-BUCKETS = 16384
-LAP_SECONDS = 1800
-"""A lone pod's heartbeats visit all buckets in this time; a bucket expires after four times it."""
 MAX_CHECKPOINT_PROBES = 2048
 """Per look-up. When they run out, pods not yet resolved are credited with nothing."""
 MODELS = "tasuki:models"
@@ -54,9 +49,10 @@ class Registration(NamedTuple):
 
 
 class Index:
-    """The index at `url`. Every method raises `IndexUnavailable` within `timeout` seconds of trouble.
+    """The index at `url`: redis://, rediss://, unix://PATH or redis+cluster://host:port.
 
-    `url`: redis://, rediss://, unix://PATH or redis+cluster://host:port.
+    Every method raises `IndexUnavailable` when a round trip fails or takes more than `timeout`
+    seconds, and at once for a second after that.
     """
 
     def __init__(self, url: str, *, timeout: float = 0.25) -> None:
@@ -71,7 +67,6 @@ class Index:
         must publish its whole cache again. Without `held`, what the pod had published is dropped.
         """
         mark, sequence = held or (b"", 0)
-        buckets = math.ceil(BUCKETS * (ttl / 3) / LAP_SECONDS)
         answer: bytes = await self._connection.run(
             _ANNOUNCE,
             _root(member.fingerprint),
@@ -81,7 +76,6 @@ class Index:
             math.ceil(ttl * 1000),
             mark,
             sequence,
-            buckets,
         )
         await self._connection.command("SADD", MODELS, member.fingerprint)
         return held if held is not None and answer == mark else Registration(answer)
@@ -107,7 +101,7 @@ class Index:
         announce itself anew. What a registration has published must stay closed under prefixes (no
         block without the one before it), as `Chain` makes it; look-ups rely on it.
         """
-        events = b"".join(_OPS[kind, stored] + name[:NAME] for kind, stored, name in changes)
+        events = b"".join(_OPS[kind, stored] + name for kind, stored, name in changes)
         sequence = registration.sequence + 1
         applied = await self._connection.run(
             _PUBLISH, _root(fingerprint), registration.mark, sequence, events
@@ -125,7 +119,7 @@ class Index:
         """
         if not hashes:
             return {}
-        names = b"".join([name[:NAME] for name in hashes])
+        names = b"".join(hashes)
         answer: list[bytes | int] = await self._connection.run(
             _LOOKUP, _root(fingerprint), names, int(needs_checkpoint), MAX_CHECKPOINT_PROBES
         )

@@ -42,6 +42,8 @@ class Publisher:
         self._chain = Chain()
         self._pending: deque[Change] = deque()
         self._registration: Registration | None = None
+        self._fingerprint = ""
+        self._registered_at = -RETRY_SECONDS
         self._reachable = True
         self._next_heartbeat = 0.0
         self._wake = asyncio.Event()
@@ -90,34 +92,44 @@ class Publisher:
         while True:
             try:
                 await self._turn()
-                self._note_reachable()
             except IndexUnavailable as error:
-                self._note_unreachable(error)
-            await self._rest()
+                await self._pause(str(error))
+            except Exception as error:  # a pod whose heart stops for a bug would vanish unnoticed
+                log.exception("publisher_failed")
+                await self._pause(repr(error))
+            else:
+                self._note_reachable()
+                await self._rest()
 
     async def _turn(self) -> None:
         if time.monotonic() >= self._next_heartbeat:
             await self._heartbeat()
-        while self._pending:
+        while self._pending and time.monotonic() < self._next_heartbeat:
             await self._publish_batch()
 
     async def _heartbeat(self) -> None:
+        held, member = self._registration, self._member()
         self._next_heartbeat = time.monotonic() + self._ttl / 3
-        held = self._registration
-        registration = await self._index.announce(self._member(), self._ttl, held)
+        registration = await self._index.announce(member, self._ttl, held)
         if registration != held:
-            self._registration = registration
+            self._registration, self._fingerprint = registration, member.fingerprint
+            self._registered_at = time.monotonic()
             self._pending = deque(self._chain.snapshot())
-            log.info("registered", pod=self._member().pod, entries=len(self._pending))
+            log.info("registered", pod=member.pod, entries=len(self._pending))
 
     async def _publish_batch(self) -> None:
-        registration, fingerprint = self._registration, self._member().fingerprint
-        batch = list(islice(self._pending, BATCH))
-        if registration is None or time.monotonic() >= self._next_heartbeat:
-            await self._heartbeat()
+        registration = self._registration
+        if registration is None:
+            self._start_over()
             return
-        self._registration = None  # until the outcome is known
-        published = await self._index.publish(fingerprint, registration, batch)
+        batch = list(islice(self._pending, BATCH))
+        try:
+            published = await self._index.publish(self._fingerprint, registration, batch)
+        except IndexUnavailable:
+            self._start_over()  # whether Redis applied it is not known
+            raise
+        if self._registration is not registration:
+            return  # `record` started over meanwhile
         if published is None:
             self._start_over()
             return
@@ -126,30 +138,30 @@ class Publisher:
             self._pending.popleft()
 
     def _start_over(self) -> None:
+        """Makes the next heartbeat register anew, which publishes the whole book."""
         self._registration = None
         self._pending.clear()
-        self._next_heartbeat = 0.0
+        self._next_heartbeat = self._registered_at + RETRY_SECONDS  # two of one name would race
 
     async def _rest(self) -> None:
         """Waits for the next heartbeat, or until changes have waited for company."""
-        remaining = max(0.0, self._next_heartbeat - time.monotonic())
+        remaining = self._next_heartbeat - time.monotonic()
         try:
-            async with asyncio.timeout(remaining):
+            async with asyncio.timeout(max(0.0, remaining)):
                 await self._wake.wait()
+                await asyncio.sleep(self._interval)
         except TimeoutError:
-            return
+            pass  # the heartbeat is due
         self._wake.clear()
-        await asyncio.sleep(min(self._interval, remaining))
+
+    async def _pause(self, reason: str) -> None:
+        if self._reachable:
+            log.warning("index_unreachable", pod=self._member().pod, reason=reason)
+        self._reachable = False
+        self._next_heartbeat = 0.0
+        await asyncio.sleep(RETRY_SECONDS)
 
     def _note_reachable(self) -> None:
         if not self._reachable:
             log.info("index_reachable", pod=self._member().pod)
         self._reachable = True
-
-    def _note_unreachable(self, error: IndexUnavailable) -> None:
-        if self._reachable:
-            log.warning("index_unreachable", pod=self._member().pod, reason=str(error))
-        self._reachable = False
-        if self._registration is None:
-            self._pending.clear()
-        self._next_heartbeat = time.monotonic() + RETRY_SECONDS

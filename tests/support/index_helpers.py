@@ -1,13 +1,43 @@
 """Pods and prompts for tests of the index."""
 
+import asyncio
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
 from tasuki_common.messages import Member
-from tasuki_index import Change
+from tasuki_index import Change, Kind
 
 FINGERPRINT = "f" * 64
+Condition = Callable[[], Awaitable[bool]]
+
+
+async def eventually(condition: Condition, seconds: float = 10.0) -> None:
+    """Returns once `condition` holds; fails if it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if await condition():
+            return
+        assert time.monotonic() < deadline, "the condition did not come to hold in time"
+        await asyncio.sleep(0.02)
+
+
+class Event(NamedTuple):
+    """A cache event, in the shape of the engine's."""
+
+    kind: Kind
+    stored: bool
+    hash: bytes
+    parent: bytes = b""
+
+
+def cached(names: Sequence[bytes]) -> list[Event]:
+    """The events by which an engine tells that it cached a prompt's blocks."""
+    parents = [b"", *names]
+    return [
+        Event("block", True, name, parent) for name, parent in zip(names, parents, strict=False)
+    ]
 
 
 def member(pod: str, **fields: Any) -> Member:

@@ -1,6 +1,6 @@
 -- A pod says that it lives. Returns its mark; a mark other than the one it sent means that nothing of
 -- what it published counts any more.
--- ARGV: pod, incarnation, member, ttl ms, mark held ('' for none), sequence held, buckets to sweep
+-- ARGV: pod, incarnation, member, ttl ms, mark held ('' for none), sequence held
 local pod, incarnation, member, ttl = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local now = now_ms()
 
@@ -20,16 +20,17 @@ for _, name in ipairs(call('ZRANGEBYSCORE', KEY_ALIVE, '-inf', now - GRACE_MS)) 
 local mark = call('HGET', KEY_MARKS, pod)
 local held = mark and mark == ARGV[5]
   and call('HGET', KEY_OWNERS, mark) == incarnation .. '/' .. pod
-  and (call('HGET', KEY_SEQUENCES, mark) or '0') == ARGV[6]
+  and call('HGET', KEY_SEQUENCES, mark) == ARGV[6]
 if not held then
   retire(pod)
   mark = fresh_mark()
   if type(mark) == 'table' then return mark end
   call('HSET', KEY_MARKS, pod, mark)
   call('HSET', KEY_OWNERS, mark, incarnation .. '/' .. pod)
+  call('HSET', KEY_SEQUENCES, mark, 0)
 end
 call('HSET', KEY_MEMBERS, pod, member)
 call('ZADD', KEY_ALIVE, now + ttl, pod)
-sweep(tonumber(ARGV[7]))
+sweep(ttl)
 for _, key in ipairs(REGISTRY) do call('EXPIRE', key, 2 * BUCKET_SECONDS) end
 return mark

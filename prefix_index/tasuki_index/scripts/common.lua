@@ -1,8 +1,11 @@
 -- Prepended to every script. All keys of a model begin with KEYS[1] = 'tasuki:{fingerprint}' and so
--- lie in one slot. A *mark* is two bytes that stand for one registration of one pod.
+-- lie in one slot. A *mark* is two bytes that stand for one registration of one pod. Of a block's
+-- name 8 of 16 bytes are kept: two names that share them cost one wrong hint.
 local call = redis.call
-local BUCKETS, BUCKET_SECONDS, NAME = 16384, 7200, 8
-local GRACE_MS = 60000 -- a silent pod is ignored at once, and forgotten only after this
+local NAME, KEPT = 16, 8                       -- bytes of a block's name; how many of them are kept
+local BUCKETS = 65536
+local BUCKET_SECONDS, LAP_SECONDS = 7200, 1800 -- a lap of the sweep renews every bucket's expiry
+local GRACE_MS = 60000                         -- a silent pod is ignored at once, forgotten later
 local KEY_ALIVE = KEYS[1] .. ':alive'          -- zset: pod -> ms when its time to live ends
 local KEY_MEMBERS = KEYS[1] .. ':members'      -- hash: pod -> member, as the pod wrote it
 local KEY_MARKS = KEYS[1] .. ':marks'          -- hash: pod -> mark
@@ -31,9 +34,9 @@ end
 
 -- Where `mark` begins in `marks`, or nil.
 local function find_mark(marks, mark)
-  for at = 1, #marks, 2 do
-    if string.sub(marks, at, at + 1) == mark then return at end
-  end
+  local at = 0
+  repeat at = string.find(marks, mark, at + 1, true) until not at or at % 2 == 1
+  return at
 end
 
 -- The pod that `mark` stands for, or nil when it died.

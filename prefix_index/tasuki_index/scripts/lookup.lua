@@ -10,7 +10,7 @@ local depth_of = {}
 
 local function marks_at(depth, suffix)
   local at = (depth - 1) * NAME + 1
-  local field = string.sub(names, at + 2, at + NAME - 1) .. suffix
+  local field = string.sub(names, at + 2, at + KEPT - 1) .. suffix
   return call('HGET', bucket_of(names, at), field) or ''
 end
 
@@ -18,10 +18,8 @@ end
 local function split(marks, depth, suffix)
   local found, have, lack = marks_at(depth, suffix), {}, {}
   if found == '' then return have, marks end
-  local held = {}
-  for at = 1, #found, 2 do held[string.sub(found, at, at + 1)] = true end
   for _, mark in ipairs(marks) do
-    if held[mark] then have[#have + 1] = mark else lack[#lack + 1] = mark end
+    if find_mark(found, mark) then have[#have + 1] = mark else lack[#lack + 1] = mark end
   end
   return have, lack
 end

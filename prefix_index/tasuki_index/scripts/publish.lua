@@ -3,8 +3,8 @@
 -- ARGV: mark, sequence of this batch (from 1), events of 1 + NAME bytes: op, name
 -- op: 0 block evicted, 1 block stored, 2 checkpoint evicted, 3 checkpoint stored
 local mark, sequence, events = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-if call('HEXISTS', KEY_OWNERS, mark) == 0 then return 0 end
-if tonumber(call('HGET', KEY_SEQUENCES, mark) or 0) + 1 ~= sequence then return 0 end
+local applied = call('HGET', KEY_SEQUENCES, mark)
+if not applied or applied + 1 ~= sequence then return 0 end
 
 local function store(bucket, field)
   local marks = call('HGET', bucket, field)
@@ -30,7 +30,7 @@ end
 for at = 1, #events, 1 + NAME do
   local op = string.byte(events, at)
   local bucket = bucket_of(events, at + 1)
-  local field = string.sub(events, at + 3, at + NAME)
+  local field = string.sub(events, at + 3, at + KEPT)
   if op >= 2 then field = field .. CHECKPOINT end
   if op % 2 == 1 then store(bucket, field) else evict(bucket, field) end
 end
