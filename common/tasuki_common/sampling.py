@@ -1,5 +1,7 @@
 """Sampling parameters: one type from the HTTP body to the sampler."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from tasuki_common.errors import RequestError
@@ -31,9 +33,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     frequency_penalty: float = 0.0
     seed: int | None = None
     """int64. With a seed, token i of sample j depends on (seed, j, i) and the logits alone."""
-    stop: tuple[str, ...] | list[str] | str | None = None
+    stop: Sequence[str] | str | None = None
     """Strings that end the text, found across token borders; normalised to a tuple."""
-    stop_token_ids: tuple[int, ...] | list[int] | None = None
+    stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = 16
