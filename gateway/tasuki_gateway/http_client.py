@@ -11,6 +11,7 @@ comes, a deadline on each phase, and cancellation by closing the connection.
 """
 
 import asyncio
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -119,8 +120,7 @@ class _Connection(asyncio.Protocol):
 
     # asyncio.Protocol
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by type
         self.open = True
 
     def data_received(self, data: bytes) -> None:
