@@ -47,7 +47,7 @@ class Weights:
 
     def fuse(self, *names: str) -> torch.Tensor:
         """Several tensors joined along their first dimension, as one matrix product wants them."""
-        return torch.cat([self.take(name) for name in names])
+        return torch.cat([self.take(name) for name in names]) if names[1:] else self.take(names[0])
 
     def fuse_optional(self, *names: str) -> torch.Tensor | None:
         """The same for biases; None where the checkpoint has none of them."""

@@ -70,9 +70,7 @@ class ModelConfig:
         value = self._fields.get(name)
         if value is not None and value not in supported:
             listed = ", ".join(repr(item) for item in supported)
-            raise ConfigError(
-                f"{self._source} has {name} = {value!r}, which is not supported; supported: {listed}."
-            )
+            raise ConfigError(f"{self._source} has {name} = {value!r}; supported: {listed}.")
 
     @property
     def architecture(self) -> str:
@@ -83,12 +81,16 @@ class ModelConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; float32 where the file does not say."""
-        name = str(self.get("dtype", self.get("torch_dtype", "float32"))).removeprefix("torch.")
-        if name not in _DTYPES:
+        return self.dtype_of("dtype" if self.get("dtype", None) else "torch_dtype", "float32")
+
+    def dtype_of(self, name: str, default: str) -> torch.dtype:
+        """The field, as a dtype of torch."""
+        value = str(self.get(name, default)).removeprefix("torch.")
+        if value not in _DTYPES:
             raise ConfigError(
-                f"{self._source} has dtype {name!r}; supported: {', '.join(_DTYPES)}."
+                f"{self._source} has {name} = {value!r}; supported: {', '.join(_DTYPES)}."
             )
-        return _DTYPES[name]
+        return _DTYPES[value]
 
     @property
     def head_dim(self) -> int:

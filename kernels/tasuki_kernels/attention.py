@@ -50,8 +50,8 @@ def plan(
 
     cache: [blocks, layers, 2, kv_heads, block_size, head_dim], each block contiguous.
     block_table: [seqs, max_blocks]; entries past the context or behind the window are not read.
-    query_lens, context_lens: per sequence; the queries are the last tokens of the context. The first
-    `num_decodes` sequences have one query each and are computed together.
+    query_lens, context_lens: per sequence; the queries are the last tokens of the context. The
+    first `num_decodes` sequences have one query each and are computed together.
     window: keys a query sees, itself included; None: all. group: query heads per KV head.
     """
     parts = []
@@ -103,7 +103,7 @@ def _part(
     window: int | None,
     group: int,
 ) -> _Part:
-    """Plan sequences with `queries` tokens each, whose block tables are the rows of `block_table`."""
+    """Plan sequences with `queries` tokens each; `block_table` has their rows alone."""
     device = cache.device
     _, _, _, kv_heads, block_size, head_dim = cache.shape
     context = torch.tensor(contexts, device=device)[:, None]

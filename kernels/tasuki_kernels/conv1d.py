@@ -103,7 +103,7 @@ def causal_conv1d_update(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One token for each of `slots`: silu(convolution) [seqs, channels]; shifts the windows in place.
+    """One token for each of `slots`: silu(convolution) [seqs, channels]; shifts the windows.
 
     x: [seqs, channels], any row stride; the rest as in `causal_conv1d`.
     """

@@ -8,8 +8,8 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin for `apply_rope`, float32 [tokens, 1, rotary_dim]; once a step for all layers.
 
-    positions: [tokens] int64; inverse_frequencies: [rotary_dim / 2] float32; `scale` multiplies both
-    (YaRN's attention factor). The first half of sin is negated, so that `apply_rope` need not.
+    positions: [tokens] int64; inverse_frequencies: [rotary_dim / 2] float32; `scale` multiplies
+    both (YaRN's attention factor). The first half of sin is negated, so that `apply_rope` need not.
     """
     angles = positions[:, None, None].float() * inverse_frequencies
     cos, sin = angles.cos().mul_(scale), angles.sin().mul_(scale)

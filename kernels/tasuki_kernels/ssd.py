@@ -4,8 +4,8 @@ Per head, with decay a_t = exp(dt_t * A) and state S [head_dim, state_size]:
 
     S_t = a_t * S_{t-1} + dt_t * x_t B_t^T        y_t = S_t C_t + D * x_t
 
-The chunked form (Dao & Gu 2024, section 6) computes a chunk by matrix products and carries the state
-between chunks. States lie by slot in `states` [slots, heads, head_dim, state_size] (any stride
+The chunked form (Dao & Gu 2024, section 6) computes a chunk by matrix products and carries the
+state between chunks. States lie by slot in `states` [slots, heads, head_dim, state_size] (any stride
 between slots). A sequence that starts must find zeros in its slot. All is computed in float32.
 """
 

@@ -34,9 +34,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-_TEXT = """The relay hands a prompt from one process to another. A block of keys and values is a page
-of what was read; a state is what is remembered of it. When a page is known, nobody reads it again.
-There are three things that last: tables, indexes, and the names of the people who made them."""
+_TEXT = """The relay hands a prompt from one process to another. A block of keys and values is a
+page of what was read; a state is what is remembered of it. When a page is known, nobody reads it
+again. There are three things that last: tables, indexes, and the names of those who made them."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -68,7 +68,7 @@ _GRANITE = {
     "embedding_multiplier": 0.5,
     "attention_multiplier": 0.3,
     "residual_multiplier": 0.7,
-    "logits_scaling": 0.8,
+    "logits_scaling": 1.3,
     "rms_norm_eps": 1e-5,
 }
 _LLAMA3_ROPE = {
@@ -98,7 +98,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite_hybrid_moe": (
         "granitemoehybrid",
-        {**_GRANITE, "num_local_experts": 6, "num_experts_per_tok": 2, "mamba_n_groups": 2},
+        {**_GRANITE, "num_local_experts": 6, "num_experts_per_tok": 3, "mamba_n_groups": 2},
     ),
     "nemotron_h": (
         "nemotron_h",
@@ -157,19 +157,21 @@ def _draw_weights(model: torch.nn.Module, config: Any, generator: torch.Generato
         elif name.endswith("dt_bias"):
             value = torch.log(torch.expm1(0.02 * 25.0**uniform))
         elif name.endswith(".D") or "q_norm" in name or "k_norm" in name:
-            value = 1.5 + 0.3 * noise
+            value = 1.25 + 0.25 * noise
         elif "norm" in name:
             value = 1.0 + 0.2 * noise
         elif "embed" in name:
-            value = (0.4 if tied else 1.0) * noise
+            value = (0.25 if tied else 1.0) * noise
         elif "lm_head" in name:
-            value = 3.0 * gain * noise
+            value = 2.0 * gain * noise
         elif "conv1d.weight" in name:
             value = 0.5 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
-        elif "q_proj" in name or "k_proj" in name or "router" in name:
-            value = 2.0 * gain * noise
+        elif "q_proj" in name or "k_proj" in name:
+            value = 1.5 * gain * noise
+        elif "router" in name:  # sharp, so that a tie at the last chosen expert hardly matters
+            value = 12.0 * gain * noise
         else:
             value = gain * noise
         weight.copy_(value)

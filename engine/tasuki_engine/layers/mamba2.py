@@ -7,6 +7,7 @@ import torch
 from tasuki_engine.layers.linear import Linear
 from tasuki_engine.layers.step_plan import StateStep
 from tasuki_engine.loader import Weights
+from tasuki_engine.step import StateSpec
 from tasuki_kernels import conv1d, ssd
 from tasuki_kernels.norm import gated_rms_norm
 
@@ -33,6 +34,23 @@ class Mamba2Shape:
         """Channels of the convolution: x, B and C."""
         return self.inner + 2 * self.groups * self.state_size
 
+    def spec(
+        self, layers: int, conv_dtype: torch.dtype, ssm_dtype: torch.dtype
+    ) -> StateSpec | None:
+        """What `layers` such layers need cached; None for none."""
+        if not layers:
+            return None
+        return StateSpec(
+            num_layers=layers,
+            conv_dim=self.conv_dim,
+            conv_kernel=self.conv_kernel,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            state_size=self.state_size,
+            conv_dtype=conv_dtype,
+            ssm_dtype=ssm_dtype,
+        )
+
 
 class Mamba2:
     """One mixer; `layer` is its index among the model's recurrent layers."""
@@ -41,12 +59,8 @@ class Mamba2:
         self.shape = shape
         self.layer = layer
         take = weights.take
-        self.in_proj = Linear(
-            take(f"{prefix}.in_proj.weight"), weights.take_optional(f"{prefix}.in_proj.bias")
-        )
-        self.out_proj = Linear(
-            take(f"{prefix}.out_proj.weight"), weights.take_optional(f"{prefix}.out_proj.bias")
-        )
+        self.in_proj = Linear.load(weights, f"{prefix}.in_proj")
+        self.out_proj = Linear.load(weights, f"{prefix}.out_proj")
         self.conv_weight = take(f"{prefix}.conv1d.weight").squeeze(1).contiguous()
         self.conv_bias = weights.take_optional(f"{prefix}.conv1d.bias")
         self.A = -torch.exp(take(f"{prefix}.A_log", torch.float32))
@@ -91,7 +105,8 @@ class Mamba2:
         )
 
     def _prefill(self, conv_in: torch.Tensor, dt: torch.Tensor, state: StateStep) -> torch.Tensor:
-        assert state.conv_plan is not None and state.ssd_plan is not None
+        assert state.conv_plan is not None
+        assert state.ssd_plan is not None
         mixed = conv1d.causal_conv1d(
             conv_in, state.conv[:, self.layer], state.conv_plan, self.conv_weight, self.conv_bias
         )

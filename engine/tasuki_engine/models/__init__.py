@@ -12,12 +12,19 @@ from tasuki_engine.config import DType, EngineConfig
 from tasuki_engine.loader import Weights
 from tasuki_engine.model_config import ModelConfig
 from tasuki_engine.models.base import Model, ModelContext
+from tasuki_engine.models.dense import Dense
 from tasuki_engine.models.granite_hybrid import GraniteHybrid
+from tasuki_engine.models.nemotron_h import NemotronH
 
 __all__ = ["ARCHITECTURES", "Model", "load"]
 
 ARCHITECTURES: dict[str, Callable[[ModelContext, Weights], Model]] = {
     "GraniteMoeHybridForCausalLM": GraniteHybrid,
+    "LlamaForCausalLM": Dense,
+    "MistralForCausalLM": Dense,
+    "NemotronHForCausalLM": NemotronH,
+    "Qwen2ForCausalLM": Dense,
+    "Qwen3ForCausalLM": Dense,
 }
 
 

@@ -6,7 +6,7 @@ logits have multipliers; positions come from the recurrent layers alone (NoPE) o
 
 import torch
 
-from tasuki_engine.layers.attention import Attention
+from tasuki_engine.layers.attention import Attention, AttentionShape
 from tasuki_engine.layers.linear import Linear
 from tasuki_engine.layers.mamba2 import Mamba2, Mamba2Shape
 from tasuki_engine.layers.mlp import GatedMlp
@@ -16,7 +16,7 @@ from tasuki_engine.layers.step_plan import StepPlan, finish_step, plan_step
 from tasuki_engine.loader import Weights
 from tasuki_engine.model_config import ModelConfig
 from tasuki_engine.models.base import BaseModel, ModelContext
-from tasuki_engine.step import AttentionSpec, Caches, CacheSpec, StateSpec, StepInput
+from tasuki_engine.step import Caches, CacheSpec, StepInput
 from tasuki_kernels.norm import rms_norm
 
 
@@ -33,19 +33,26 @@ class GraniteHybrid(BaseModel):
         self.logits_scaling = float(config.get("logits_scaling", 1.0))
         uses_rope = config.get("position_embedding_type", None) == "rope"
         self.rope = Rope(config, context.device) if uses_rope else None
-        self.num_heads = int(config.get("num_attention_heads"))
-        shape = _mamba_shape(config)
+        attention = AttentionShape.of(config, self.eps)
+        mamba = _mamba_shape(config, self.eps)
+        self.num_heads = attention.num_heads
         self.layers: list[_Layer] = []
         counts = {"mamba": 0, "attention": 0}
         for number, kind in enumerate(config.layer_types()):
             prefix = f"model.layers.{number}"
-            self.layers.append(_Layer(weights, config, prefix, kind, shape, counts[kind]))
+            mixer: Mamba2 | Attention
+            if kind == "mamba":
+                mixer = Mamba2(weights, f"{prefix}.mamba", mamba, counts[kind])
+            else:
+                scale = float(config.get("attention_multiplier", 1.0))
+                mixer = Attention(weights, f"{prefix}.self_attn", attention, counts[kind], scale)
             counts[kind] += 1
+            self.layers.append(_Layer(weights, config, prefix, mixer))
         self.norm = weights.take("model.norm.weight")
         self.cache_spec = CacheSpec(
-            full=_attention_spec(config, counts["attention"]),
+            full=attention.spec(counts["attention"]),
             window=None,
-            state=_state_spec(context, shape, counts["mamba"]),
+            state=mamba.spec(counts["mamba"], context.dtype, context.state_dtype or torch.float32),
             kv_dtype=context.dtype,
         )
 
@@ -66,24 +73,14 @@ class _Layer:
     """One mixer and one MLP, each behind a norm and scaled into the residual."""
 
     def __init__(
-        self,
-        weights: Weights,
-        config: ModelConfig,
-        prefix: str,
-        kind: str,
-        shape: Mamba2Shape,
-        index: int,
+        self, weights: Weights, config: ModelConfig, prefix: str, mixer: Mamba2 | Attention
     ) -> None:
+        self.mixer = mixer
         self.mixer_norm = weights.take(f"{prefix}.input_layernorm.weight")
         self.mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight")
-        self.mixer: Mamba2 | Attention
-        if kind == "mamba":
-            self.mixer = Mamba2(weights, f"{prefix}.mamba", shape, index)
-        else:
-            self.mixer = _attention(weights, config, f"{prefix}.self_attn", index)
         self.mlp = GatedMlp(
-            Linear(weights.take(f"{prefix}.shared_mlp.input_linear.weight")),
-            Linear(weights.take(f"{prefix}.shared_mlp.output_linear.weight")),
+            Linear.load(weights, f"{prefix}.shared_mlp.input_linear"),
+            Linear.load(weights, f"{prefix}.shared_mlp.output_linear"),
         )
         self.moe: SparseMoe | None = None
         if config.get("num_local_experts", 0):
@@ -108,25 +105,7 @@ class _Layer:
             self.moe.add_to(hidden, x, scale)
 
 
-def _attention(weights: Weights, config: ModelConfig, prefix: str, index: int) -> Attention:
-    names = [f"{prefix}.{part}_proj" for part in "qkv"]
-    return Attention(
-        qkv=Linear(
-            weights.fuse(*(f"{name}.weight" for name in names)),
-            weights.fuse_optional(*(f"{name}.bias" for name in names)),
-        ),
-        out=Linear(
-            weights.take(f"{prefix}.o_proj.weight"), weights.take_optional(f"{prefix}.o_proj.bias")
-        ),
-        num_heads=int(config.get("num_attention_heads")),
-        num_kv_heads=int(config.get("num_key_value_heads", config.get("num_attention_heads"))),
-        head_dim=config.head_dim,
-        layer=index,
-        scale=float(config.get("attention_multiplier", 1.0)),
-    )
-
-
-def _mamba_shape(config: ModelConfig) -> Mamba2Shape:
+def _mamba_shape(config: ModelConfig, eps: float) -> Mamba2Shape:
     heads = int(config.get("mamba_n_heads", 128))
     head_dim = config.get("mamba_d_head", "auto")
     if head_dim == "auto":
@@ -137,28 +116,6 @@ def _mamba_shape(config: ModelConfig) -> Mamba2Shape:
         state_size=int(config.get("mamba_d_state", 256)),
         groups=int(config.get("mamba_n_groups", 1)),
         conv_kernel=int(config.get("mamba_d_conv", 4)),
-        eps=float(config.get("rms_norm_eps", 1e-6)),
+        eps=eps,
         dt_limits=config.time_step_limit(),
-    )
-
-
-def _attention_spec(config: ModelConfig, layers: int) -> AttentionSpec | None:
-    if not layers:
-        return None
-    kv_heads = int(config.get("num_key_value_heads", config.get("num_attention_heads")))
-    return AttentionSpec(layers, kv_heads, config.head_dim)
-
-
-def _state_spec(context: ModelContext, shape: Mamba2Shape, layers: int) -> StateSpec | None:
-    if not layers:
-        return None
-    return StateSpec(
-        num_layers=layers,
-        conv_dim=shape.conv_dim,
-        conv_kernel=shape.conv_kernel,
-        num_heads=shape.num_heads,
-        head_dim=shape.head_dim,
-        state_size=shape.state_size,
-        conv_dtype=context.dtype,
-        ssm_dtype=context.state_dtype or torch.float32,
     )

@@ -1,0 +1,99 @@
+"""Nemotron-H: one mixer per layer, which is Mamba2, attention without rope, or a relu^2 MLP."""
+
+import torch
+
+from tasuki_common.errors import ConfigError
+from tasuki_engine.layers.attention import Attention, AttentionShape
+from tasuki_engine.layers.linear import Linear
+from tasuki_engine.layers.mamba2 import Mamba2, Mamba2Shape
+from tasuki_engine.layers.mlp import Relu2Mlp
+from tasuki_engine.layers.step_plan import StepPlan, finish_step, plan_step
+from tasuki_engine.loader import Weights
+from tasuki_engine.model_config import ModelConfig
+from tasuki_engine.models.base import BaseModel, ModelContext
+from tasuki_engine.step import Caches, CacheSpec, StepInput
+from tasuki_kernels.norm import rms_norm
+
+
+class NemotronH(BaseModel):
+    """A NemotronHForCausalLM checkpoint (without experts)."""
+
+    def __init__(self, context: ModelContext, weights: Weights) -> None:
+        root = "backbone" if "backbone.embeddings.weight" in weights else "model"
+        super().__init__(context, weights, f"{root}.embeddings.weight", "lm_head.weight")
+        config = context.config
+        config.refuse("mlp_hidden_act", "relu2")
+        config.refuse("mamba_hidden_act", "silu")
+        self.eps = float(config.get("layer_norm_epsilon", 1e-5))
+        attention = AttentionShape.of(config, self.eps)
+        mamba = _mamba_shape(config, self.eps)
+        self.num_heads = attention.num_heads
+        self.layers: list[_Layer] = []
+        counts = {"mamba": 0, "attention": 0, "mlp": 0}
+        for number, kind in enumerate(config.layer_types()):
+            prefix = f"{root}.layers.{number}"
+            mixer: Mamba2 | Attention | Relu2Mlp
+            if kind == "mamba":
+                mixer = Mamba2(weights, f"{prefix}.mixer", mamba, counts[kind])
+            elif kind == "attention":
+                scale = attention.head_dim**-0.5
+                mixer = Attention(weights, f"{prefix}.mixer", attention, counts[kind], scale)
+            elif kind == "mlp":
+                mixer = Relu2Mlp(
+                    Linear.load(weights, f"{prefix}.mixer.up_proj"),
+                    Linear.load(weights, f"{prefix}.mixer.down_proj"),
+                )
+            else:
+                raise ConfigError(f"layer {number} is of type {kind}, which Nemotron-H lacks here.")
+            counts[kind] += 1
+            self.layers.append(_Layer(weights.take(f"{prefix}.norm.weight"), mixer))
+        self.norm = weights.take(f"{root}.norm_f.weight")
+        ssm_dtype = context.state_dtype or config.dtype_of("mamba_ssm_cache_dtype", "float32")
+        self.cache_spec = CacheSpec(
+            full=attention.spec(counts["attention"]),
+            window=None,
+            state=mamba.spec(counts["mamba"], context.dtype, ssm_dtype),
+            kv_dtype=context.dtype,
+        )
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput, caches: Caches) -> torch.Tensor:
+        """float32 logits [rows, vocab] of `step.logits_rows`; writes the step into the caches."""
+        plan = plan_step(step, caches, self.cache_spec, self.num_heads, None)
+        hidden = self.embed(step.token_ids)
+        for layer in self.layers:
+            layer.add_to(hidden, plan, self.eps)
+        finish_step(step, caches)
+        return self.logits(rms_norm(hidden[step.logits_rows], self.norm, self.eps))
+
+
+class _Layer:
+    """One mixer behind a norm."""
+
+    def __init__(self, norm: torch.Tensor, mixer: Mamba2 | Attention | Relu2Mlp) -> None:
+        self.norm = norm
+        self.mixer = mixer
+
+    def add_to(self, hidden: torch.Tensor, plan: StepPlan, eps: float) -> None:
+        x = rms_norm(hidden, self.norm, eps)
+        match self.mixer:
+            case Mamba2():
+                assert plan.state is not None
+                self.mixer.add_to(hidden, x, plan.state)
+            case Attention():
+                assert plan.full is not None
+                self.mixer.add_to(hidden, x, plan.full, None)
+            case Relu2Mlp():
+                self.mixer.add_to(hidden, x)
+
+
+def _mamba_shape(config: ModelConfig, eps: float) -> Mamba2Shape:
+    return Mamba2Shape(
+        num_heads=int(config.get("mamba_num_heads")),
+        head_dim=int(config.get("mamba_head_dim")),
+        state_size=int(config.get("ssm_state_size")),
+        groups=int(config.get("n_groups", config.get("mamba_n_groups", 1))),
+        conv_kernel=int(config.get("conv_kernel", config.get("mamba_d_conv", 4))),
+        eps=eps,
+        dt_limits=config.time_step_limit(),
+    )
