@@ -16,6 +16,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tasuki_common.sampling import SamplingParams
@@ -24,8 +26,8 @@ from tasuki_engine.request import Logprob, TokenLogprobs
 GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as in vLLM: the division would overflow."""
 
-_CANDIDATES = 1024
-"""Likeliest tokens that are sorted first; a nucleus that reaches further costs a full sort."""
+_CANDIDATES = 128
+"""Likeliest tokens that are sorted; a nucleus that reaches further is found by radix selection."""
 _MASK64 = (1 << 64) - 1
 
 
@@ -72,34 +74,61 @@ class SampleResult:
 
 
 class _Seen:
-    """Per-token counts of one row, kept on the device and updated by what is new.
+    """The distinct tokens of one row, and how often each is in the output; grows in place."""
 
-    in_prompt: bool [V]; counts: float32 [V], output only.
-    """
-
-    def __init__(self, row: SamplerRow, vocab_size: int, device: torch.device) -> None:
-        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.in_prompt[torch.tensor(row.prompt_token_ids, dtype=torch.int64, device=device)] = True
-        self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-        self.num_counted = 0
+    def __init__(self, prompt_token_ids: list[int]) -> None:
+        self._slots = {token: slot for slot, token in enumerate(dict.fromkeys(prompt_token_ids))}
+        self._ids = np.fromiter(self._slots, np.int64, len(self._slots))
+        self._counts = np.zeros(len(self._slots), np.float32)
+        self._num_counted = 0
 
     def update(self, output_token_ids: list[int]) -> None:
-        new = output_token_ids[self.num_counted :]
-        if new:
-            ids = torch.tensor(new, dtype=torch.int64, device=self.counts.device)
-            self.counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
-            self.num_counted = len(output_token_ids)
+        """Counts the tokens that came since the last call."""
+        for token in output_token_ids[self._num_counted :]:
+            slot = self._slots.setdefault(token, len(self._slots))
+            if slot == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros(64 + slot, np.int64)])
+                self._counts = np.concatenate([self._counts, np.zeros(64 + slot, np.float32)])
+            self._ids[slot] = token
+            self._counts[slot] += 1
+        self._num_counted = len(output_token_ids)
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """Distinct tokens of prompt and output."""
+        return self._ids[: len(self._slots)]
+
+    @property
+    def counts(self) -> npt.NDArray[np.float32]:
+        """Of `ids`, in the output."""
+        return self._counts[: len(self._slots)]
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> SampleResult:
-    """One token per row of `logits` [R, V] float32, which is left as it is."""
+    """One token per row of `logits` [R, V] float32, which is left as it is.
+
+    The token is -1 where the logits are no distribution (NaN or infinite): the model failed there.
+    """
     adjusted = _adjust(logits, rows)
-    tokens = adjusted.argmax(dim=-1)
+    tokens = adjusted.argmax(dim=-1)  # NaN counts as the greatest
+    failed = ~adjusted.gather(1, tokens[:, None])[:, 0].isfinite()
     drawn = [i for i, row in enumerate(rows) if not row.greedy]
     if drawn:
-        _draw_rows(adjusted, rows, drawn, tokens)
-    token_ids: list[int] = tokens.tolist()
+        chosen = [rows[i] for i in drawn]
+        weights = _weigh(adjusted if len(drawn) == len(rows) else adjusted[drawn], chosen)
+        draws = [uniform(row.seed, row.sample_index, len(row.output_token_ids)) for row in chosen]
+        points = torch.tensor(draws, dtype=torch.float64, device=logits.device)
+        tokens[drawn] = invert_cdf(weights, points)
+    token_ids: list[int] = tokens.masked_fill_(failed, -1).tolist()
     return SampleResult(token_ids, _logprobs_of_rows(logits, rows, token_ids))
+
+
+def distribution(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
+    """[R, V] float32: in proportion to the probability with which `sample` gives each token.
+
+    Rows must not be greedy.
+    """
+    return _weigh(_adjust(logits, rows), rows)
 
 
 def prompt_logprobs(
@@ -149,7 +178,7 @@ def _logprobs_of_rows(
 ) -> list[TokenLogprobs | None]:
     result: list[TokenLogprobs | None] = [None] * len(rows)
     asked = [(i, row.params.logprobs) for i, row in enumerate(rows)]
-    wanted = [(i, top) for i, top in asked if top is not None]
+    wanted = [(i, top) for i, top in asked if top is not None and token_ids[i] >= 0]
     if wanted:
         indices = [i for i, _ in wanted]
         chosen = logits if len(wanted) == len(rows) else logits[indices]
@@ -180,51 +209,39 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
         bias = torch.tensor([entry[2] for entry in biased], dtype=logits.dtype, device=device)
         logits.index_put_(tuple(at), bias, accumulate=True)
     if penalised:
-        logits[penalised] = _penalise(logits[penalised], [rows[i] for i in penalised])
+        _penalise(logits, rows, penalised)
     return logits
 
 
-def _penalise(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
-    """[R, V] after repetition, frequency and presence penalty."""
-    seen = [_seen_by(row, logits) for row in rows]
-    counts = torch.stack([entry.counts for entry in seen])
-    in_output = counts > 0
-    repeated = in_output | torch.stack([entry.in_prompt for entry in seen])
-    repetition = _column(logits, [row.params.repetition_penalty for row in rows])
-    frequency = _column(logits, [row.params.frequency_penalty for row in rows])
-    presence = _column(logits, [row.params.presence_penalty for row in rows])
-    shrunk = torch.where(logits > 0, logits / repetition, logits * repetition)
-    return torch.where(repeated, shrunk, logits) - frequency * counts - presence * in_output
+def _penalise(logits: torch.Tensor, rows: Sequence[SamplerRow], indices: list[int]) -> None:
+    """Repetition, frequency and presence penalty of rows `indices`, in place."""
+    seen = [_seen_by(rows[i]) for i in indices]
+    lengths = [len(entry.ids) for entry in seen]
+
+    def spread(values: list[float]) -> torch.Tensor:
+        repeated = np.repeat(np.array(values, np.float32), lengths)
+        return torch.from_numpy(repeated).to(logits.device)
+
+    row = torch.from_numpy(np.repeat(np.array(indices), lengths)).to(logits.device)
+    column = torch.from_numpy(np.concatenate([entry.ids for entry in seen])).to(logits.device)
+    counts = torch.from_numpy(np.concatenate([entry.counts for entry in seen])).to(logits.device)
+    repetition = spread([rows[i].params.repetition_penalty for i in indices])
+    frequency = spread([rows[i].params.frequency_penalty for i in indices])
+    presence = spread([rows[i].params.presence_penalty for i in indices])
+    values = logits[row, column]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits[row, column] = values - frequency * counts - presence * (counts > 0)
 
 
-def _seen_by(row: SamplerRow, logits: torch.Tensor) -> _Seen:
+def _seen_by(row: SamplerRow) -> _Seen:
     if row._seen is None:
-        row._seen = _Seen(row, logits.shape[1], logits.device)
+        row._seen = _Seen(row.prompt_token_ids)
     row._seen.update(row.output_token_ids)
     return row._seen
 
 
 def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def _draw_rows(
-    adjusted: torch.Tensor, rows: Sequence[SamplerRow], drawn: list[int], tokens: torch.Tensor
-) -> None:
-    """Puts a random token for each of the rows `drawn` into `tokens` [R] int64."""
-    chosen = [rows[i] for i in drawn]
-    logits = adjusted if len(drawn) == len(rows) else adjusted[drawn]
-    temperature = _column(logits, [row.params.temperature for row in chosen])
-    # The maximum goes first: then no temperature overflows, and the likeliest token weighs 1.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    weights = _filter(scaled, [row.params for row in chosen])
-    draws = [uniform(row.seed, row.sample_index, len(row.output_token_ids)) for row in chosen]
-    points = torch.tensor(draws, dtype=torch.float64, device=logits.device)
-    picked = invert_cdf(weights, points)
-    if len(drawn) == len(rows):
-        tokens.copy_(picked)
-    else:
-        tokens[drawn] = picked
 
 
 def invert_cdf(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -236,37 +253,77 @@ def invert_cdf(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cdf, points[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
-def _filter(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Weights exp(`scaled`) [R, V], 0 for what min_p, top_k, top_p exclude; row maxima are 0."""
-    weights = scaled.exp()
-    vocab_size = scaled.shape[1]
+def _weigh(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
+    """exp((`logits` - max) / temperature) [R, V], 0 for what min_p, top_k and top_p exclude.
+
+    With the maximum gone first no temperature overflows, and the likeliest token weighs 1.
+    """
+    params = [row.params for row in rows]
+    weights = logits - logits.amax(dim=-1, keepdim=True)
+    weights.div_(_column(weights, [p.temperature for p in params])).exp_()
     if any(p.min_p > 0.0 for p in params):
-        floors = [math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params]
-        weights.masked_fill_(scaled < _column(scaled, floors), 0.0)
-    top_ks = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-    by_rank = [i for i, k in enumerate(top_ks) if k < vocab_size]
-    by_mass = [i for i, p in enumerate(params) if p.top_p < 1.0]
-    if by_rank:
-        _keep_top_k(weights, by_rank, [top_ks[i] for i in by_rank])
-    if by_mass:
-        _keep_top_p(weights, by_mass, [params[i].top_p for i in by_mass])
+        weights.masked_fill_(weights < _column(weights, [p.min_p for p in params]), 0.0)
+    filtered = [i for i, p in enumerate(params) if 0 < p.top_k < logits.shape[1] or p.top_p < 1.0]
+    if len(filtered) == len(rows):
+        _keep_likeliest(weights, params)
+    elif filtered:
+        part = weights[filtered]
+        _keep_likeliest(part, [params[i] for i in filtered])
+        weights[filtered] = part
     return weights
 
 
-def _keep_top_k(weights: torch.Tensor, indices: list[int], top_ks: list[int]) -> None:
-    part = weights[indices]
-    best = part.topk(max(top_ks), dim=-1).values
-    ranks = torch.tensor(top_ks, device=weights.device)[:, None] - 1
-    weights[indices] = part.masked_fill_(part < best.gather(1, ranks), 0.0)
+def _keep_likeliest(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+    """top_k, then top_p of what it left: zeroes the others in `weights` [R, V]."""
+    vocab_size = weights.shape[1]
+    top_ks = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+    most = max([k for k in top_ks if k < vocab_size], default=0)
+    best = weights.topk(min(max(most, _CANDIDATES), vocab_size), dim=-1).values
+    if most:
+        ranks = torch.tensor(top_ks, device=weights.device).clamp_(max=best.shape[1])[:, None] - 1
+        limited = torch.tensor([k < vocab_size for k in top_ks], device=weights.device)[:, None]
+        floors = best.gather(1, ranks).where(limited, 0.0)
+        weights.masked_fill_(weights < floors, 0.0)
+        best = best.masked_fill(best < floors, 0.0)
+    if any(p.top_p < 1.0 for p in params):
+        shares = _column(weights, [p.top_p for p in params]).double()
+        weights.masked_fill_(weights < _nucleus_floors(weights, best, shares), 0.0)
 
 
-def _keep_top_p(weights: torch.Tensor, indices: list[int], top_ps: list[float]) -> None:
-    part = weights[indices]
-    mass = _column(part, top_ps).double() * part.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    best = part.topk(min(_CANDIDATES, part.shape[1]), dim=-1).values
+def _nucleus_floors(
+    weights: torch.Tensor, best: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """[R, 1]: the greatest weight such that tokens of no less hold `shares` [R, 1] of the total.
+
+    best: [R, K] greatest weights, in order.
+    """
+    mass = shares * weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
     before = best.cumsum(dim=-1, dtype=torch.float64) - best
-    if bool((before[:, -1:] + best[:, -1:] < mass).any()):
-        best = part.sort(dim=-1, descending=True).values
-        before = best.cumsum(dim=-1, dtype=torch.float64) - best
     last = (before < mass).sum(dim=-1, keepdim=True).clamp_(min=1) - 1
-    weights[indices] = part.masked_fill_(part < best.gather(1, last), 0.0)
+    floors = best.gather(1, last)
+    reaches = (before + best)[:, -1:] >= mass
+    if not bool(reaches.all()):
+        far = (~reaches)[:, 0]
+        floors[far] = _select_floors(weights[far], mass[far])
+    return floors
+
+
+def _select_floors(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """`_nucleus_floors` of any width, without a sort: radix selection by mass instead of count.
+
+    The bits of non-negative floats are ordered as the floats are. Of the 30 bits of floats up to 1,
+    ten a pass: how much weight lies at each value of these bits, and at which is the mass reached?
+    """
+    bits = weights.view(torch.int32)
+    part = weights.double()  # what has the floor's bits so far
+    floor = torch.zeros_like(mass, dtype=torch.int32)
+    above = torch.zeros_like(mass)
+    for shift in (20, 10, 0):
+        digits = (bits >> shift).bitwise_and_(1023).long()
+        table = part.new_zeros(len(part), 1024).scatter_add_(1, digits, part)
+        reached = table.flip(-1).cumsum(dim=-1).flip(-1).add_(above)
+        digit = (reached >= mass).sum(dim=-1, keepdim=True).clamp_(min=1) - 1
+        above = (reached - table).gather(1, digit)
+        floor = (floor << 10) | digit.int()
+        part = part.where(digits == digit, 0.0)
+    return floor.view(torch.float32)

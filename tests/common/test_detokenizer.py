@@ -3,6 +3,7 @@
 Not here: that `tokenizers` itself decodes right.
 """
 
+import itertools
 import time
 
 import pytest
@@ -24,7 +25,7 @@ def ids_and_cuts(kind: str) -> st.SearchStrategy[tuple[list[int], list[int]]]:
 def streamed(kind: str, ids: list[int], cuts: list[int], skip: bool) -> list[str]:
     stream = tokenizer(kind).detokenizer(skip_special_tokens=skip, at_start=True)
     borders = [0, *cuts, len(ids)]
-    pieces = [stream.push(ids[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    pieces = [stream.push(ids[a:b]) for a, b in itertools.pairwise(borders)]
     return [*pieces, stream.flush()]
 
 

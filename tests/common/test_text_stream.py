@@ -3,6 +3,7 @@
 The expected text is found by looking at the whole text once; the stream sees a token at a time.
 """
 
+import itertools
 import time
 
 import pytest
@@ -50,7 +51,7 @@ def run(stream: TextStream, ids: list[int], cuts: list[int]) -> list[TextDelta]:
     """The deltas of `ids` pushed in parts, the last of which ends by length."""
     borders = [0, *[cut for cut in cuts if cut < len(ids)], len(ids)]
     deltas: list[TextDelta] = []
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         deltas.append(stream.push(ids[start:end], "length" if end == len(ids) else None))
         if deltas[-1].finished:
             break
@@ -62,7 +63,7 @@ def text_of(deltas: list[TextDelta]) -> str:
 
 
 def expected(kind: str, ids: list[int], params: SamplingParams) -> tuple[str, str | None]:
-    """Text and stop string, by the definition: the first end beyond min_tokens, then the longest."""
+    """Text and stop string, by the definition: the first end after min_tokens, the longest."""
     made = tokenizer(kind).detokenizer(skip_special_tokens=params.skip_special_tokens)
     early = "".join(made.push([token_id]) for token_id in ids[: params.min_tokens])
     rest = made.push(ids[params.min_tokens :])
