@@ -114,7 +114,7 @@ def _render(source: str, context: dict[str, Any], param: str) -> str:
         return _compile(source).render(context)
     except jinja2.TemplateError as error:
         raise RequestError(f"the chat template refuses: {error}", param=param) from error
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, LookupError) as error:
+    except Exception as error:  # a template is foreign code and may raise anything
         raise RequestError(
             f"the chat template fails on these messages: {type(error).__name__}: {error}",
             param=param,
@@ -129,11 +129,12 @@ def _plain_message(i: int, message: Any) -> Message:
         raise RequestError(f"messages[{i}].role must be a string.", param=f"messages[{i}].role")
     plain = dict(message)
     plain["content"] = _plain_content(f"messages[{i}].content", message.get("content"))
-    if message.get("tool_calls"):
-        plain["tool_calls"] = [
-            _plain_tool_call(f"messages[{i}].tool_calls[{j}]", call)
-            for j, call in enumerate(message["tool_calls"])
-        ]
+    calls = message.get("tool_calls")
+    if calls:
+        where = f"messages[{i}].tool_calls"
+        if not isinstance(calls, list):
+            raise RequestError(f"{where} must be a list.", param=where)
+        plain["tool_calls"] = [_plain_tool_call(f"{where}[{j}]", c) for j, c in enumerate(calls)]
     return plain
 
 
@@ -232,7 +233,7 @@ def _to_json(
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.now().astimezone().strftime(pattern)
+    return datetime.now().strftime(pattern)
 
 
 @functools.cache
