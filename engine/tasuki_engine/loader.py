@@ -84,7 +84,7 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype, progres
         _progress_bar(progress and sys.stderr.isatty(), len(names)) as advance,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
-        for loaded in pool.map(lambda batch: _read(*batch, device), batches):
+        for loaded in pool.map(lambda batch: _read(batch[0], batch[1], device), batches):
             tensors.update(loaded)
             advance(len(loaded))
     return Weights(tensors, dtype, str(folder))

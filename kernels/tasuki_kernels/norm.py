@@ -23,7 +23,7 @@ def gated_rms_norm(
     the norm (`norm_before_gate=False` in Mamba2's reference).
     """
     gated = F.silu(gate.float()).mul_(x)
-    parts = gated if groups == 1 else gated.unflatten(-1, (groups, -1))
+    parts = gated if groups == 1 else gated.view(len(gated), groups, -1)
     return _normalize(parts, eps).view_as(gated).to(gate.dtype).mul_(weight)
 
 
@@ -32,4 +32,4 @@ def _normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     size = x.shape[-1]
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     floor = torch.full((), (size * eps) ** 0.5, dtype=x.dtype, device=x.device)
-    return x * (size**0.5 / torch.hypot(norm, floor))
+    return x * torch.hypot(norm, floor).reciprocal_().mul_(size**0.5)

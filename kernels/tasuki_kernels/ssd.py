@@ -5,8 +5,9 @@ Per head, with decay a_t = exp(dt_t * A) and state S [head_dim, state_size]:
     S_t = a_t * S_{t-1} + dt_t * x_t B_t^T        y_t = S_t C_t + D * x_t
 
 The chunked form (Dao & Gu 2024, section 6) computes a chunk by matrix products and carries the
-state between chunks. States lie by slot in `states` [slots, heads, head_dim, state_size] (any stride
-between slots). A sequence that starts must find zeros in its slot. All is computed in float32.
+state between chunks. States lie by slot in `states` [slots, heads, head_dim, state_size] (any
+stride between slots). A sequence that starts must find zeros in its slot. All is computed in
+float32.
 """
 
 import dataclasses
@@ -89,12 +90,14 @@ def chunk_scan(
     x: [tokens, heads, head_dim]; dt: [tokens, heads], positive, float32; A (negative), D: [heads]
     float32; B, C: [tokens, groups, state_size]. Returns y [tokens, heads, head_dim] float32.
     """
-    heads, groups = x.shape[1], B.shape[1]
+    heads, head_dim = x.shape[1:]
+    groups = B.shape[1]
     rows = plan.token_rows
+    segments = rows.shape[0]
     # s: segment, q and k: places in it, g: group, r: head in group, p: head_dim, n: state_size
-    xs = x[rows].float().unflatten(2, (groups, heads // groups)).permute(0, 2, 3, 1, 4)  # sgrqp
+    xs = x[rows].float().view(segments, CHUNK, groups, -1, head_dim).permute(0, 2, 3, 1, 4)  # sgrqp
     step = dt[rows].masked_fill_(plan.is_padding, 0.0)
-    step = step.unflatten(2, (groups, heads // groups)).permute(0, 2, 3, 1)  # sgrq
+    step = step.view(segments, CHUNK, groups, -1).permute(0, 2, 3, 1)  # sgrq
     Bs = B[rows].float().permute(0, 2, 1, 3)  # sgqn
     Cs = C[rows].float().permute(0, 2, 1, 3)
     decay = (step * A.view(groups, -1, 1)).cumsum(-1)
@@ -111,7 +114,7 @@ def chunk_scan(
     carried = Cs[:, :, None] @ before.transpose(-1, -2)  # sgrqp
     y.addcmul_(carried, decay.exp()[..., None])
     y.addcmul_(xs, D.view(groups, -1, 1, 1))
-    return y.permute(0, 3, 1, 2, 4).reshape(-1, heads, x.shape[2]).index_select(0, plan.place)
+    return y.permute(0, 3, 1, 2, 4).reshape(-1, heads, head_dim).index_select(0, plan.place)
 
 
 def _carry_states(

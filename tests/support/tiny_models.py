@@ -98,7 +98,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite_hybrid_moe": (
         "granitemoehybrid",
-        {**_GRANITE, "num_local_experts": 6, "num_experts_per_tok": 3, "mamba_n_groups": 2},
+        {**_GRANITE, "num_local_experts": 6, "num_experts_per_tok": 2, "mamba_n_groups": 2},
     ),
     "nemotron_h": (
         "nemotron_h",
@@ -170,8 +170,8 @@ def _draw_weights(model: torch.nn.Module, config: Any, generator: torch.Generato
             value = 0.3 * noise
         elif "q_proj" in name or "k_proj" in name:
             value = 1.5 * gain * noise
-        elif "router" in name:  # sharp, so that a tie at the last chosen expert hardly matters
-            value = 12.0 * gain * noise
+        elif "router" in name:
+            value = 2.0 * gain * noise
         else:
             value = gain * noise
         weight.copy_(value)
@@ -220,6 +220,22 @@ def reference_logprobs(folder: Path, token_ids: list[int]) -> torch.Tensor:
     """
     logits = reference_model(folder)(torch.tensor([token_ids]), use_cache=False).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
+
+
+@torch.inference_mode()
+def routing_margin(folder: Path, token_ids: list[int]) -> float:
+    """How close transformers comes to choosing another expert, anywhere; infinity without experts.
+
+    It is the smallest difference between the router's logits of the last chosen and the first left
+    out. Where it is near float32's noise (below 2e-5), two right answers differ: draw other tokens.
+    """
+    model = reference_model(folder)
+    top_k = model.config.num_experts_per_tok if "moe" in type(model).__name__.lower() else 0
+    if not top_k or not getattr(model.config, "num_local_experts", 0):
+        return float("inf")
+    output = model(torch.tensor([token_ids]), use_cache=False, output_router_logits=True)
+    best = [logits.topk(top_k + 1, dim=-1).values for logits in output.router_logits]
+    return min(float((b[..., -2] - b[..., -1]).min()) for b in best)
 
 
 def reference_greedy(folder: Path, prompt: list[int], n: int) -> list[int]:

@@ -76,7 +76,7 @@ class Attention:
             if rope is not None:
                 rotated = apply_rope(rotated, *rope)
             qkv[:, : heads + kv_heads] = rotated
-        kv = qkv[:, heads:].unflatten(1, (2, kv_heads))
+        kv = qkv[:, heads:].view(x.shape[0], 2, kv_heads, self.shape.head_dim)
         write_kv(group.cache, self.layer, group.write_rows, kv)
         attended = paged_attention(qkv[:, :heads], group.plan, self.layer, self.scale)
         self.out.add_to(residual, attended, scale)

@@ -74,7 +74,9 @@ class Mamba2:
         """residual += scale * mixer(x); x, residual: [tokens, hidden]; updates the states."""
         shape = self.shape
         projected = self.in_proj(x)
-        gate, conv_in, dt = projected.split([shape.inner, shape.conv_dim, shape.num_heads], dim=-1)
+        gate, conv_in, dt = torch.split(
+            projected, [shape.inner, shape.conv_dim, shape.num_heads], dim=-1
+        )
         dt = ssd.positive_dt(dt, self.dt_bias, shape.dt_limits)
         decodes, tokens = state.num_decodes, x.shape[0]
         if decodes == tokens:
@@ -117,9 +119,10 @@ class Mamba2:
         """x [tokens, heads, head_dim], B and C [tokens, groups, state_size], of conv's output."""
         shape = self.shape
         bc = shape.groups * shape.state_size
-        x, B, C = mixed.split([shape.inner, bc, bc], dim=-1)
+        x, B, C = torch.split(mixed, [shape.inner, bc, bc], dim=-1)
+        tokens = mixed.shape[0]
         return (
-            x.unflatten(1, (shape.num_heads, shape.head_dim)),
-            B.unflatten(1, (shape.groups, shape.state_size)),
-            C.unflatten(1, (shape.groups, shape.state_size)),
+            x.view(tokens, shape.num_heads, shape.head_dim),
+            B.view(tokens, shape.groups, shape.state_size),
+            C.view(tokens, shape.groups, shape.state_size),
         )

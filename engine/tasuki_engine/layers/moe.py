@@ -26,7 +26,7 @@ class SparseMoe:
         share = torch.softmax(best, dim=-1).to(x.dtype).mul_(scale).flatten()
         order = experts.flatten().argsort(stable=True)
         counts = torch.bincount(experts.flatten(), minlength=self.router.shape[0]).tolist()
-        for expert, chosen in enumerate(order.split(counts)):
+        for expert, chosen in enumerate(torch.split(order, counts)):
             if len(chosen):
                 tokens = chosen // self.top_k
                 hidden = swiglu(x[tokens] @ self.gate_up[expert].t())
