@@ -27,7 +27,6 @@ from tasuki_pod.engine_loop import EngineLoop
 from tasuki_pod.transfer_agent import TransferAgent
 from tasuki_pod.wire import (
     LENGTH,
-    MAX_MESSAGE_BYTES,
     Command,
     Crashed,
     Ready,
@@ -59,7 +58,7 @@ def main(file_descriptor: int) -> int:
     logs.setup(component=f"{start.role}-engine", level=start.log_level)
     try:
         _serve(start, inbox, channel)
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         return 0
     except Exception as error:
         log.exception("engine_failed", pod=start.pod)
@@ -104,15 +103,16 @@ def _read(channel: socket.socket, inbox: Inbox) -> None:
     """Puts each command into the inbox; at the socket's end a `Stop`, then the process must end."""
     decoder = msgspec.msgpack.Decoder(Command)
     stream = channel.makefile("rb")
-    while header := stream.read(LENGTH.size):
-        (size,) = LENGTH.unpack(header)
-        if size > MAX_MESSAGE_BYTES:
-            log.error("command_too_long", bytes=size)
-            break
-        inbox.put(decoder.decode(stream.read(size)))
-    inbox.put(Stop())
-    time.sleep(_ORPHAN_SECONDS)
-    os._exit(1)
+    try:
+        while len(header := stream.read(LENGTH.size)) == LENGTH.size:
+            (size,) = LENGTH.unpack(header)
+            if len(body := stream.read(size)) < size:
+                break
+            inbox.put(decoder.decode(body))
+    finally:
+        inbox.put(Stop())
+        time.sleep(_ORPHAN_SECONDS)
+        os._exit(1)
 
 
 def _say_last(channel: socket.socket, report: Report) -> None:

@@ -212,7 +212,7 @@ class Pod:
         log.info("drain_3_waited", in_flight=self._in_flight, leases=self.client.leases)
         await self.membership.stop()
         log.info("drain_4_withdrawn")
-        await self.client.stop(_STOP_SECONDS)
+        await self.client.stop(_STOP_SECONDS if self._engine is not None else 0.0)
         log.info("drain_5_engine_stopped")
 
     async def _wait_until_idle(self) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 from starlette.routing import BaseRoute
 
@@ -33,7 +34,8 @@ def main(role: Role, argv: Sequence[str], routes: Routes) -> int:
         config = load(PodConfig, argv, prog=f"tasuki {role}")
         logs.setup(component=role, level=config.log_level)
         log.info("settings", **describe(config))
-        return asyncio.run(_run(config, role, routes))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_run(config, role, routes))
     except ConfigError as error:
         log.error("cannot_start", reason=str(error))
         return 2

@@ -18,7 +18,6 @@ from tasuki_engine.request import CacheEvent, EngineRequest, EngineStats, TokenO
 Backend = Literal["nixl", "tcp"]
 
 LENGTH = struct.Struct("<I")
-MAX_MESSAGE_BYTES = 1 << 30
 
 
 class Start(msgspec.Struct, tag="start", kw_only=True):
