@@ -16,7 +16,7 @@ from tasuki_index.index import Index, Registration
 log = logs.get("tasuki.index")
 
 BATCH = 512
-"""Changes in one round trip: 2 ms of Redis's time."""
+"""Changes in one round trip: 2 to 3 ms of Redis's time."""
 MAX_PENDING = 65536
 """Changes that wait; beyond it, sending the whole book is cheaper than keeping a diary."""
 RETRY_SECONDS = 1.0

@@ -112,6 +112,8 @@ class RedisServer:
                         return
             except redis.RedisError:
                 pass
-            if time.monotonic() > deadline:
+            assert self._process is not None
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
                 raise TimeoutError(f"redis-server at {self.url} did not become ready")
             time.sleep(0.02)
