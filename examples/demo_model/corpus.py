@@ -2,9 +2,9 @@
 
     python corpus.py --work FOLDER
 
-downloads the packages of `PACKAGES` with `apt-get download`, takes headings and paragraphs out of
-their HTML, text and manual pages (no code listings, no tables, no other languages), drops paragraphs that it
-has seen, trains a byte-level BPE tokenizer of 4,096 entries and writes
+downloads the packages of `PACKAGES` with `apt-get download` (`mandoc` and `bible-kjv` are needed
+beside), takes headings and paragraphs out of their HTML, text and manual pages (no listings, no
+tables, no other languages), drops paragraphs that it has seen, trains a byte-level BPE tokenizer of 4,096 entries and writes
 
     FOLDER/tokenizer.json
     FOLDER/train.bin, FOLDER/held_out.bin     uint16 token ids, documents end with <|end|>
@@ -203,9 +203,8 @@ def read_package(folder: Path, package: str) -> Iterator[Section]:
 
 def read_text(path: Path) -> str:
     """The file's text, unpacked where it is gzipped."""
-    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
-        return file.read().decode("utf-8", "ignore")
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8", "ignore")
 
 
 def fetch(package: str, work: Path) -> tuple[Path, str]:

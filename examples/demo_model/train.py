@@ -2,9 +2,9 @@
 
     python train.py --corpus FOLDER --out FOLDER [--minutes 6]
 
-A GraniteMoeHybrid of 7 M parameters (6 Mamba2 and 2 attention layers, no positions). The model below
-is the architecture in its training form (whole sequences, no cache); `tests/models` hold the served
-form against transformers, and this script's `--check` holds this one.
+A GraniteMoeHybrid of 7 M parameters (6 Mamba2 and 2 attention layers, no positions). The model
+below is the architecture in its training form (whole sequences, no cache); `--check` compares it
+with transformers.
 Optimiser: AdamW with warm-up and linear decay over the minutes given, bfloat16 autocast.
 """
 
@@ -46,8 +46,8 @@ def segment_sums(a: Tensor) -> Tensor:
 def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """The state-space dual form of Mamba2 (arXiv 2405.21060, listing 1), one group.
 
-    x: [batch, tokens, heads, head_dim]; dt: [batch, tokens, heads], after softplus; a: [heads], negative;
-    b, c: [batch, tokens, state]. Tokens must be a multiple of CHUNK.
+    x: [batch, tokens, heads, head_dim]; dt: [batch, tokens, heads], after softplus;
+    a: [heads], negative; b, c: [batch, tokens, state]. Tokens must be a multiple of CHUNK.
     """
     batch, tokens, heads, _ = x.shape
     chunks = tokens // CHUNK
