@@ -4,7 +4,8 @@
 
 downloads the packages of `PACKAGES` with `apt-get download` (`mandoc` and `bible-kjv` are needed
 beside), takes headings and paragraphs out of their HTML, text and manual pages (no listings, no
-tables, no other languages), drops paragraphs that it has seen, trains a byte-level BPE tokenizer of 4,096 entries and writes
+tables, no other languages), drops paragraphs that it has seen, trains a byte-level BPE tokenizer of
+4,096 entries and writes
 
     FOLDER/tokenizer.json
     FOLDER/train.bin, FOLDER/held_out.bin     uint16 token ids, documents end with <|end|>
