@@ -75,5 +75,9 @@ class Source(Protocol):
         Raises TransferError.
         """
 
+    @property
+    def alive(self) -> bool:
+        """False once it failed in a way that new pulls would meet again."""
+
     async def close(self) -> None:
         """Drop connections and remote handles; idempotent."""

@@ -15,14 +15,17 @@ from typing import Any, TypedDict
 
 import msgspec
 
+from tasuki_common import logs
 from tasuki_transfer import handshake, tcp, wire
 from tasuki_transfer.base import Backend, Outcome, Regions, TransferError
 from tasuki_transfer.leases import Lease, Leases
 from tasuki_transfer.memory import describe, open_region
+from tasuki_transfer.nixl_backend import NixlAgent, usable
 from tasuki_transfer.session import Session
 from tasuki_transfer.spans import Span
 from tasuki_transfer.tasks import in_thread
 
+_log = logs.get("tasuki.transfer")
 _BACKLOG = 512
 _MAX_CONNECTIONS = 4096
 
@@ -59,12 +62,13 @@ class Giver:
         self._fingerprint = fingerprint
         self._incarnation = incarnation
         self._key = handshake.check_key(key)
-        self._backends = tuple(backends)
+        self._backends = usable(backends)
         self._generation = generation
         self._leases = Leases(lease_seconds, on_end)
         self._senders = ThreadPoolExecutor(tcp.STREAMS, thread_name_prefix="tasuki-send")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="tasuki-checksum")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._nixl: NixlAgent | None = None
         self._host, self._port = "", 0
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
@@ -74,9 +78,25 @@ class Giver:
         self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         self._listener.setblocking(False)
         self._host, self._port = host, self._listener.getsockname()[1]
+        await self._start_nixl()
         self._spawn(self._listen())
         self._spawn(self._expire())
         return self._host, self._port
+
+    async def _start_nixl(self) -> None:
+        """A machine where UCX does not start offers what remains."""
+        if "nixl" not in self._backends:
+            return
+        try:
+            self._nixl = await NixlAgent.create(f"giver-{self._incarnation}", self._regions)
+        except TransferError as error:
+            _log.warning("nixl_unavailable", error=str(error))
+            self._backends = tuple(name for name in self._backends if name != "nixl")
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """The transports it offers, best first; settled once started."""
+        return self._backends
 
     def open(self, request_id: str, num_tokens: int) -> TicketFields:
         """Begin a lease before its spans exist. ValueError when the request has one."""
@@ -128,6 +148,8 @@ class Giver:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._listener.close()
+        if self._nixl is not None:
+            await self._nixl.close()
         self._senders.shutdown()
         self._hasher.shutdown()
 
@@ -209,7 +231,8 @@ class Giver:
                 "refused_incarnation", "The process that wrote the ticket is not this one."
             )
         pools = {name: describe(region) for name, region in self._regions.items()}
-        return wire.Welcome(pools, self._leases.seconds)
+        metadata = self._nixl.metadata if self._nixl is not None else b""
+        return wire.Welcome(pools, self._leases.seconds, metadata)
 
     async def _serve_data(self, channel: wire.Channel) -> None:
         while True:

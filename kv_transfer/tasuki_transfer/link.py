@@ -83,7 +83,7 @@ class Link:
     @property
     def alive(self) -> bool:
         """Whether new pulls may use it."""
-        return self._ended is None
+        return self._ended is None and self.source.alive
 
     @contextlib.asynccontextmanager
     async def watch(self, request_id: str) -> AsyncIterator[Watch]:

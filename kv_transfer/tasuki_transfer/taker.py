@@ -6,15 +6,20 @@ offered and its lease stood until then, or it raises, and nothing writes into th
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from tasuki_common import logs
 from tasuki_common.messages import Ticket
 from tasuki_transfer import handshake, link as links, tcp, wire
 from tasuki_transfer.base import Backend, Landing, Pulled, Regions, Source, TransferError
 from tasuki_transfer.memory import open_region
+from tasuki_transfer.nixl_backend import NixlAgent, usable
 from tasuki_transfer.tasks import in_thread
+
+_log = logs.get("tasuki.transfer")
 
 Wanted = dict[str, dict[int, int]]
 """Pool, ordinal of the giver's span, row of the taker's region."""
@@ -31,7 +36,8 @@ class Taker:
         self._regions = {name: open_region(name, tensor) for name, tensor in regions.items()}
         self._fingerprint = fingerprint
         self._key = handshake.check_key(key)
-        self._backends = tuple(backends)
+        self._backends = usable(backends)
+        self._nixl: asyncio.Task[NixlAgent] | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tasuki-receive")
         self._links: dict[tuple[str, int, str], asyncio.Task[links.Link]] = {}
 
@@ -71,6 +77,9 @@ class Taker:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, TransferError):
                 await (await task).close()
+        if self._nixl is not None:
+            with contextlib.suppress(TransferError):
+                await (await self._nixl).close()
         self._threads.shutdown()
 
     async def _take(self, link: links.Link, request_id: str, wanted: Wanted) -> None:
@@ -124,8 +133,12 @@ class Taker:
             )
         terms = wire.Terms("control", self._fingerprint, ticket.incarnation)
         channel, welcome = await links.connect(ticket, self._key, terms)
-        self._check_layout(welcome)
-        source = self._source(ticket, welcome)
+        try:
+            self._check_layout(welcome)
+            source = await self._source(ticket, welcome, backends)
+        except BaseException:
+            channel.close()
+            raise
         return links.Link(channel, welcome.lease_seconds, source)
 
     def _check_layout(self, welcome: wire.Welcome) -> None:
@@ -136,12 +149,33 @@ class Taker:
                     "refused_fingerprint", f"Region {name!r} has another span than at the giver."
                 )
 
-    def _source(self, ticket: Ticket, welcome: wire.Welcome) -> Source:
+    async def _source(
+        self, ticket: Ticket, welcome: wire.Welcome, backends: list[Backend]
+    ) -> Source:
+        """The first of `backends` that works between this pod and the giver."""
+        if backends[0] == "nixl":
+            try:
+                if welcome.nixl:
+                    return await (await self._agent()).connect(welcome)
+            except TransferError as error:
+                _log.warning("nixl_unavailable", pod=ticket.pod, error=str(error))
+            backends = backends[1:]
+        if "tcp" not in backends:
+            raise TransferError("no_backend", f"Only NIXL is left, and {ticket.pod!r} has none.")
+
         async def open_stream() -> wire.Channel:
             terms = wire.Terms("data", self._fingerprint, ticket.incarnation)
             return (await links.connect(ticket, self._key, terms))[0]
 
         return tcp.TcpSource(open_stream, self._regions, self._threads)
+
+    async def _agent(self) -> NixlAgent:
+        """Our NIXL agent; a new one when the last was given up."""
+        task = self._nixl
+        if task is None or (task.done() and (task.exception() or task.result().given_up)):
+            name = f"taker-{secrets.token_hex(8)}"
+            task = self._nixl = asyncio.create_task(NixlAgent.create(name, self._regions))
+        return await asyncio.shield(task)
 
 
 def _match(offer: wire.Offer, missing: dict[tuple[str, int], int]) -> dict[str, list[Landing]]:

@@ -120,6 +120,11 @@ class TcpSource:
         self._idle: list[wire.Channel] = []
         self._closed = False
 
+    @property
+    def alive(self) -> bool:
+        """See base.Source."""
+        return not self._closed
+
     async def fetch(self, request_id: str, pool: str, landings: list[Landing]) -> None:
         """See base.Source."""
         size = self._regions[pool].span_bytes
