@@ -25,7 +25,7 @@ class GatewayConfig:
     max_body_bytes: int = _setting(64 << 20, "Size of a request's body beyond which it is a 413.")
     request_timeout: float = _setting(600.0, "Seconds that a request may take in all.")
     connect_timeout: float = _setting(2.0, "Seconds to connect to a pod.")
-    admit_timeout: float = _setting(10.0, "Seconds for a pod to admit or refuse a request.")
+    admit_timeout: float = _setting(10.0, "Seconds for a prefill pod to give a ticket.")
     stall_timeout: float = _setting(
         60.0, "Seconds without a byte in a stream that has begun, until its pod is given up."
     )

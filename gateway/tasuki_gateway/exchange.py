@@ -19,7 +19,7 @@ _STREAM = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -56,15 +56,17 @@ class Exchange:
         message = await self._receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body: bytes = message.get("body", b"")
-        while message.get("more_body") and len(body) <= limit:
+        parts: list[bytes] = [message.get("body", b"")]
+        size = len(parts[0])
+        while message.get("more_body") and size <= limit:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            body += message.get("body", b"")
-        if len(body) > limit:
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+        if size > limit:
             raise BodyTooLargeError(f"The body has more than {limit} bytes.")
-        return body
+        return b"".join(parts)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

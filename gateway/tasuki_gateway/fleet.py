@@ -1,13 +1,17 @@
 """The pods this gateway knows, and how loaded they are.
 
 The index lists the pods that live. A pod that it does not list (it was away, or lost its memory),
-or that failed us, is asked itself, and leaves the fleet when it does not answer as ready. So the
-fleet outlives the index, and a pod's death is known before its heartbeat runs out.
+or that failed us, is asked itself, and leaves the fleet when it refuses, or is silent for
+`SILENCE_SECONDS`. So the fleet outlives the index, and a pod's death is known before its heartbeat
+runs out. What a silent pod still had to answer is failed when it leaves, and goes on elsewhere.
 """
 
 import asyncio
+import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 
@@ -15,14 +19,18 @@ from tasuki_common import logs
 from tasuki_common.errors import ConfigError
 from tasuki_common.messages import Member
 from tasuki_gateway import models, routing
-from tasuki_gateway.http_client import HttpClient, UpstreamError
+from tasuki_gateway.http_client import HttpClient, SilentError, UpstreamError
 from tasuki_gateway.models import ModelText
 from tasuki_index import Index, IndexUnavailable
 
 log = logs.get("tasuki.gateway")
 
 REFRESH_SECONDS = 1.0
-_ASK_SECONDS = 1.0
+SUSPECT_SECONDS = 0.2
+"""Between refreshes while a pod is suspect: its return is awaited."""
+SILENCE_SECONDS = 6.0
+"""A pod on a busy machine may miss a question; this is no longer busy."""
+_ASK_SECONDS = 2.0
 _member_decoder = msgspec.msgpack.Decoder(Member)
 
 
@@ -33,6 +41,7 @@ class Pod:
         self.member = member
         self.suspect = False
         """It failed us and has not answered since."""
+        self.heard_at = time.monotonic()
         self._requests = self._tokens = 0
         self._requests_then = self._tokens_then = 0
 
@@ -41,6 +50,7 @@ class Pod:
         if member.load != self.member.load or member.incarnation != self.member.incarnation:
             self._requests_then, self._tokens_then = self._requests, self._tokens
         self.member = member
+        self.heard_at = time.monotonic()
 
     @property
     def busy(self) -> int:
@@ -116,6 +126,7 @@ class Fleet:
         self._texts: dict[str, ModelText] = {}
         self._serving: dict[str, str] = {}
         self._changed = asyncio.Event()
+        self._wake = asyncio.Event()
 
     async def run(self) -> None:
         """Refreshes for ever."""
@@ -124,7 +135,13 @@ class Fleet:
                 await self.refresh()
             except Exception:
                 log.exception("refresh_failed")
-            await asyncio.sleep(REFRESH_SECONDS)
+            suspects = any(pod.suspect for pod in self._pods.values())
+            await asyncio.sleep(SUSPECT_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                if not suspects:
+                    async with asyncio.timeout(REFRESH_SECONDS - SUSPECT_SECONDS):
+                        await self._wake.wait()
+            self._wake.clear()
 
     async def refresh(self) -> None:
         """One look at the index and, where it does not suffice, at the pods."""
@@ -133,10 +150,10 @@ class Fleet:
         to_ask |= {pod.member.url for pod in self._pods.values() if pod.suspect}
         to_ask |= set(self._seeds) - {member.url for member in listed.values()}
         answers = await asyncio.gather(*(self._ask(url) for url in to_ask))
-        answered = {member.pod: member for member in answers if member is not None}
+        silent = {url for url, answer in zip(to_ask, answers, strict=True) if answer == "silent"}
+        answered = {answer.pod: answer for answer in answers if isinstance(answer, Member)}
         for name in self._pods.keys() - listed.keys() - answered.keys():
-            log.info("pod_left", pod=name)
-            del self._pods[name]
+            self._miss(self._pods[name], silent=self._pods[name].member.url in silent)
         for name, member in (listed | answered).items():
             self._hear(member, answered=name in answered)
         await self._load_texts()
@@ -148,6 +165,7 @@ class Fleet:
             pod.suspect = True
             log.warning("pod_suspect", pod=pod.member.pod)
             self._regroup()
+            self._wake.set()
 
     async def changed(self, seconds: float) -> None:
         """Until the groups change, or `seconds`."""
@@ -165,26 +183,35 @@ class Fleet:
         except IndexUnavailable:
             return []
 
-    async def _ask(self, url: str) -> Member | None:
-        packed = await self._get(url + "/member")
+    async def _ask(self, url: str) -> Member | Literal["silent", "refused"]:
+        """What the pod at `url` says of itself."""
         try:
-            return _member_decoder.decode(packed) if packed else None
+            status, packed = await self._get(url + "/member")
+            return _member_decoder.decode(packed) if status == 200 else "refused"
+        except SilentError:
+            return "silent"
+        except UpstreamError:
+            return "refused"
         except msgspec.MsgspecError as error:
             log.warning("member_unreadable", url=url, error=str(error))
-            return None
+            return "refused"
 
-    async def _get(self, url: str) -> bytes | None:
-        """The body of a 200; None for any other outcome."""
+    async def _get(self, url: str) -> tuple[int, bytes]:
+        response = await self._client.request("GET", url, silence=_ASK_SECONDS)
         try:
-            async with asyncio.timeout(_ASK_SECONDS):
-                response = await self._client.request("GET", url, silence=_ASK_SECONDS)
-                try:
-                    body = await response.body()
-                finally:
-                    response.close()
-        except (UpstreamError, TimeoutError):
-            return None
-        return body if response.status == 200 else None
+            return response.status, await response.body()
+        finally:
+            response.close()
+
+    def _miss(self, pod: Pod, *, silent: bool) -> None:
+        """A pod neither stands in the index nor answers."""
+        if silent and time.monotonic() - pod.heard_at < SILENCE_SECONDS:
+            return
+        name = pod.member.pod
+        log.info("pod_left", pod=name, silent=silent)
+        del self._pods[name]
+        if silent:
+            self._client.abandon(pod.member.url, "is silent and no longer listed")
 
     def _hear(self, member: Member, *, answered: bool) -> None:
         pod = self._pods.get(member.pod)
@@ -202,10 +229,13 @@ class Fleet:
             member = pod.member
             if member.fingerprint in self._texts or pod.suspect:
                 continue
-            if not (packed := await self._get(member.url + "/card")):
-                continue
             try:
+                status, packed = await self._get(member.url + "/card")
+                if status != 200:
+                    continue
                 text = await models.load(packed, inline_characters=self._inline_characters)
+            except UpstreamError:
+                continue
             except (msgspec.MsgspecError, ConfigError) as error:
                 log.error("card_unusable", pod=member.pod, error=str(error))
                 continue

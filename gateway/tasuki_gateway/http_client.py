@@ -157,11 +157,11 @@ class _Connection(asyncio.Protocol):
 class Response:
     """The answer of a pod, read as it arrives; `close` it in every case."""
 
-    def __init__(self, connection: _Connection, idle: list[_Connection]) -> None:
+    def __init__(self, connection: _Connection, host: "_Host") -> None:
         self.status = connection.status
         self.headers = connection.headers
         self._connection = connection
-        self._idle = idle
+        self._host = host
 
     def allow(self, seconds: float) -> None:
         """The longest silence from now on; after it, `read` raises SilentError."""
@@ -194,12 +194,21 @@ class Response:
     def close(self) -> None:
         """Gives the connection back, or drops it when the body was not read to its end."""
         connection = self._connection
+        self._host.active.discard(connection)
         reusable = connection.complete and connection.open and not connection.take()
-        if reusable and len(self._idle) < _MAX_IDLE_PER_HOST:
+        if reusable and len(self._host.idle) < _MAX_IDLE_PER_HOST:
             connection.rest()
-            self._idle.append(connection)
+            self._host.idle.append(connection)
         else:
             connection.close()
+
+
+class _Host:
+    """Connections to one address."""
+
+    def __init__(self) -> None:
+        self.idle: list[_Connection] = []
+        self.active: set[_Connection] = set()
 
 
 class HttpClient:
@@ -207,7 +216,7 @@ class HttpClient:
 
     def __init__(self, *, connect_timeout: float) -> None:
         self._connect_timeout = connect_timeout
-        self._idle: dict[str, list[_Connection]] = {}
+        self._hosts: dict[str, _Host] = {}
 
     async def request(
         self, method: str, url: str, body: bytes = b"", *, silence: float
@@ -222,49 +231,57 @@ class HttpClient:
             UpstreamError: one of its leaves, see the module.
         """
         parts = urlsplit(url)
-        idle = self._idle.setdefault(parts.netloc, [])
+        if (host := self._hosts.get(parts.netloc)) is None:
+            host = self._hosts[parts.netloc] = _Host()
         message = _encode(method, parts.path, parts.netloc, body)
         while True:
-            connection, reused = await self._connection(
-                parts.hostname or "", parts.port or 80, idle
-            )
+            connection, reused = await self._connect(parts.hostname or "", parts.port or 80, host)
+            host.active.add(connection)
             try:
                 connection.send(message)
                 connection.allow(silence)
                 while not connection.status and connection.error is None:
                     await connection.wait()
             except BaseException:
+                host.active.discard(connection)
                 connection.close()
                 raise
             if connection.status:
-                return Response(connection, idle)
+                return Response(connection, host)
+            host.active.discard(connection)
             stale = reused and not connection.answering
             if not (stale and isinstance(connection.error, BrokenError)):
                 assert connection.error is not None
                 raise connection.error
 
-    async def _connection(
-        self, host: str, port: int, idle: list[_Connection]
-    ) -> tuple[_Connection, bool]:
-        while idle:
-            connection = idle.pop()
+    async def _connect(self, name: str, port: int, host: _Host) -> tuple[_Connection, bool]:
+        """A connection, and whether it was used before."""
+        while host.idle:
+            connection = host.idle.pop()
             if connection.open:
                 return connection, True
-        address = f"{host}:{port}"
+        address = f"{name}:{port}"
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, fresh = await loop.create_connection(lambda: _Connection(address), host, port)
+                _, fresh = await loop.create_connection(lambda: _Connection(address), name, port)
         except (OSError, TimeoutError) as error:
             raise ConnectError(f"{address} took no connection: {error or 'time out'}.") from error
         return fresh, False
 
-    def close(self) -> None:
-        """Drops idle connections."""
-        for idle in self._idle.values():
-            for connection in idle:
+    def abandon(self, url: str, reason: str) -> None:
+        """Fails all exchanges with the host of `url`, and forgets it."""
+        address = urlsplit(url).netloc
+        if (host := self._hosts.pop(address, None)) is not None:
+            for connection in list(host.active):
+                connection.fail(SilentError(f"{address} {reason}."))
+            for connection in host.idle:
                 connection.close()
-        self._idle.clear()
+
+    def close(self) -> None:
+        """Ends all connections."""
+        for address in list(self._hosts):
+            self.abandon(f"//{address}", "is no longer wanted: the client closes")
 
 
 def _encode(method: str, path: str, netloc: str, body: bytes) -> bytes:

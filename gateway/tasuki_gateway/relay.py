@@ -47,6 +47,7 @@ Sink = Callable[[bytes], Awaitable[None]]
 _BACKOFF = (0.0, 0.1, 0.5, 2.0)
 _GOODBYE_SECONDS = 2.0
 _BUSY = (429, 503)
+_DEADLINE = 504
 _PREFILL_TRIES = 2
 _STATUS_BY_TYPE = {failures.INVALID: 400, "timeout_error": 504, "overloaded_error": 503}
 _encode = msgspec.msgpack.Encoder().encode
@@ -223,15 +224,20 @@ class Relay:
             burden = pod.carry(0 if prefilled else len(tokens) - choice.depth)
             try:
                 return await self._stream(response, burden, prefilled)
-            except UpstreamError as error:
-                legs.fleet.suspect(pod)
-                raise PodLost(_REASONS[type(error)], f"{pod.member.pod}: {error}") from error
+            except (UpstreamError, PodLost) as error:
+                raise self._lost(pod, error) from error
             finally:
                 response.close()
                 burden.end()
         finally:
             if prefilled:
                 prefilled.leave()
+
+    def _lost(self, pod: Pod, error: UpstreamError | PodLost) -> PodLost:
+        """Takes the pod out of routing until it answers again."""
+        self._legs.fleet.suspect(pod)
+        reason = error.reason if isinstance(error, PodLost) else _REASONS[type(error)]
+        return PodLost(reason, f"{pod.member.pod}: {error}")
 
     async def _group(self) -> Group:
         """The pods that serve the model; a request whose pod was lost waits for one to return."""
@@ -289,26 +295,28 @@ class Relay:
         Raises:
             PodLost: a pod could not be reached, or failed; it is out of routing for now.
             PodError: a pod says that the request cannot be served.
-            OverloadedError: all are busy.
+            OverloadedError: all are busy, and the client has nothing yet.
         """
-        legs = self._legs
         body = _encode(request)
         for pod in pods:
             url = pod.member.url + "/generate"
             try:
-                response = await legs.client.request(
-                    "POST", url, body, silence=min(legs.config.admit_timeout, self._remaining())
+                response = await self._legs.client.request(
+                    "POST", url, body, silence=self._remaining()
                 )
                 if response.status == 200:
                     return pod, response
-                answer = await response.body()
-                response.close()
-            except UpstreamError as error:
-                legs.fleet.suspect(pod)
-                raise PodLost(_REASONS[type(error)], f"{pod.member.pod}: {error}") from error
-            if response.status not in _BUSY:
-                raise _pod_error(pod, response.status, answer)
-        raise OverloadedError(f"All decode pods of {self._model} are busy.")
+                try:
+                    answer = await response.body()
+                finally:
+                    response.close()
+                if response.status in _BUSY:
+                    continue
+                raise _pod_error(response.status, answer)
+            except (UpstreamError, PodLost) as error:
+                raise self._lost(pod, error) from error
+        busy = f"All decode pods of {self._model} are busy."
+        raise PodLost("busy", busy) if self._journal.begun else OverloadedError(busy)
 
     async def _stream(
         self, response: Response, burden: Burden, prefilled: "_Prefilled | None"
@@ -371,19 +379,23 @@ async def _ended(frame: frames.Frame, response: Response) -> Usage:
         response.allow(_GOODBYE_SECONDS)
         with contextlib.suppress(UpstreamError):  # all is here; a whole end lets us keep the line
             await response.read()
-        return _usage_decoder.decode(frame.payload)
-    error = _error_decoder.decode(frame.payload).error
+    try:
+        if frame.kind is frames.Kind.DONE:
+            return _usage_decoder.decode(frame.payload)
+        error = _error_decoder.decode(frame.payload).error
+    except msgspec.MsgspecError as unreadable:
+        raise BrokenError(f"its last frame is unreadable ({unreadable}).") from unreadable
     if frame.kind is frames.Kind.RETRY:
         raise PodLost("retry", error.message)
     raise failures.PodError(_STATUS_BY_TYPE.get(error.type, 500), error)
 
 
-def _pod_error(pod: Pod, status: int, answer: bytes) -> Exception:
+def _pod_error(status: int, answer: bytes) -> PodLost | failures.PodError:
     """Of an answer other than 200 and busy."""
     try:
         body = _error_decoder.decode(answer).error
     except msgspec.MsgspecError:
-        body = ErrorBody(message=f"{pod.member.pod} answered {status}.", type="server_error")
-    if status >= 500:
-        return PodLost("refused", f"{pod.member.pod}: {body.message}")
+        body = ErrorBody(message=f"it answered {status}", type="server_error")
+    if status >= 500 and status != _DEADLINE:
+        return PodLost("refused", body.message)
     return failures.PodError(status, body)

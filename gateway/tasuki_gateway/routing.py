@@ -66,8 +66,8 @@ def choose(
 ) -> Choice[PodT]:
     """The pods for a prompt of `tokens` tokens, of which pod `name` holds `depths[name]`.
 
-    The decode pod prefills itself where no more than `threshold` tokens are missing on the one that
-    would be done first, or where there is no prefill pod.
+    The decode pod prefills itself where no more than `threshold` tokens (or one block) are missing
+    on the one that would be done first, or where there is no prefill pod.
     """
 
     def missing(pod: PodT) -> int:
@@ -78,11 +78,15 @@ def choose(
         return pod.waiting_tokens + COMPANY * pod.busy + (NO_ROOM if full else 0.0)
 
     local = _ordered(decode, lambda pod: missing(pod) + decode_work(pod), tie)
-    if not prefill or not local or missing(local[0]) <= threshold:
+    if not prefill or not local or missing(local[0]) <= max(threshold, _block(local)):
         return Choice(local, [], depths.get(local[0].member.pod, 0) if local else 0)
     pulling = _ordered(decode, lambda pod: PULL * missing(pod) + decode_work(pod), tie)
     givers = _ordered(prefill, lambda pod: missing(pod) + pod.waiting_tokens, tie)
     return Choice(pulling, givers, depths.get(pulling[0].member.pod, 0))
+
+
+def _block(pods: Sequence[PodT]) -> int:
+    return pods[0].member.block_size
 
 
 def _ordered(

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -179,7 +180,7 @@ class Service:
         prompts.check_context(ids, params.max_tokens, card.max_model_len, param)
         options = body.stream_options or bodies.StreamOptions()
         first = GenerateRequest(
-            request_id=exchange.request_id,
+            request_id=f"{exchange.request_id}.{secrets.token_hex(4)}",
             model=name,
             endpoint=endpoint,
             response_id=_ID_PREFIX[endpoint] + uuid.uuid4().hex,
