@@ -41,7 +41,8 @@ def factory(inner: tokenizers.Tokenizer) -> Factory:
     `at_start`: the first token begins the text. Decoders of the sentencepiece kind drop one space
     there, which text that goes on from a prompt must keep.
     """
-    decoder = json.loads(inner.to_str()).get("decoder") or {}
+    # The decoder's own JSON: that of the whole tokenizer is tens of megabytes.
+    decoder = json.loads(inner.decoder.__getstate__()) if inner.decoder else {}
     if decoder.get("type") == "ByteLevel":
         tables = [ByteLevelPieces(inner, skip) for skip in (False, True)]
         return lambda skip, at_start: ByteLevelDetokenizer(tables[skip])

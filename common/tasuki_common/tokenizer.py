@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from tasuki_common import detokenizer
-from tasuki_common.errors import ConfigError
+from tasuki_common.errors import ConfigError, RequestError
 
 FILES = (
     "tokenizer.json",
@@ -94,8 +94,17 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of a whole sequence."""
-        return self._inner.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        """Text of a whole sequence; ids without a token say nothing.
+
+        Raises:
+            RequestError: an id is no u32.
+        """
+        try:
+            return self._inner.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:
+            raise RequestError(
+                f"token ids must be from 0 to {self.vocab_size - 1}.", param="tokens"
+            ) from error
 
     def detokenizer(
         self, *, skip_special_tokens: bool = True, at_start: bool = False

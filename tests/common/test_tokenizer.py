@@ -11,7 +11,7 @@ from tiny_tokenizers import KINDS, TEXTS, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tasuki_common import tokenizer as module
-from tasuki_common.errors import ConfigError
+from tasuki_common.errors import ConfigError, RequestError
 from tasuki_common.tokenizer import Tokenizer
 
 
@@ -62,6 +62,13 @@ def test_eos_ids_are_the_tokenizers_and_the_generation_configs(
 ) -> None:
     made = with_files(**files)
     assert [made.id_to_token(token_id) for token_id in made.eos_token_ids] == names
+
+
+@pytest.mark.parametrize("token_id", [-1, 2**32])
+def test_ids_that_cannot_be_are_refused(token_id: int) -> None:
+    with pytest.raises(RequestError, match="token ids must be from 0 to"):
+        tokenizer("byte_level").decode([token_id])
+    assert tokenizer("byte_level").decode([2**32 - 1]) == ""
 
 
 def test_default_sampling_is_what_the_generation_config_sets() -> None:
