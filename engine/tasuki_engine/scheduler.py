@@ -1,0 +1,370 @@
+"""Who computes how many tokens in the next step.
+
+There are no phases. Every sequence has tokens that are known and tokens that are computed; each step
+deals out a budget of tokens so that the second catch up with the first. Running sequences come
+first, those that lack one token before those that lack many, so that no long prompt stops the
+others' streams; then waiting ones are admitted by (priority, arrival). An admission takes the
+full-attention blocks of all known tokens at once, so that only growing outputs can run out of them;
+then the sequence that is last in order loses its units and computes again later. What hand-overs
+hold was promised to another pod and is taken only when nothing else is left.
+"""
+
+import dataclasses
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from tasuki_engine.block_pool import NULL, Pool
+from tasuki_engine.block_tables import BlockTables, put
+from tasuki_engine.prefix_cache import Match, PrefixCache
+from tasuki_engine.sequence import Sequence, State
+
+
+@dataclasses.dataclass(slots=True)
+class PlannedCheckpoint:
+    """The state after `boundary` tokens of the sequence goes into `slot`."""
+
+    boundary: int
+    slot: int
+    dear: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Part:
+    """What one sequence computes in a step: `num_tokens` from its `num_computed` on."""
+
+    sequence: Sequence
+    num_tokens: int
+    checkpoints: list[PlannedCheckpoint]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one engine."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    checkpoint_interval: int
+
+
+class Scheduler:
+    """Waiting and running sequences, and the units they hold."""
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        tables: BlockTables,
+        limits: Limits,
+        copy_state: Callable[[int, int], None],
+    ) -> None:
+        """`copy_state(source, target)` copies a state slot before the next step runs."""
+        self.running: list[Sequence] = []
+        """In order; the last is preempted first."""
+        self.failed: list[tuple[Sequence, str]] = []
+        """Sequences that were ended here, with the sentence that says why; the caller empties it."""
+        self.blocked: Sequence | None = None
+        """The head of the queue, if it found too few units in the last step while nothing ran."""
+        self.num_preemptions = 0
+        self.query_tokens = 0
+        self.hit_tokens = 0
+        self.num_waiting = 0
+        self._cache = cache
+        self._tables = tables
+        self._limits = limits
+        self._copy_state = copy_state
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+
+    @property
+    def waiting(self) -> Iterable[Sequence]:
+        """Waiting sequences in no particular order."""
+        return (seq for _, seq in self._waiting if seq.state is State.WAITING)
+
+    def add(self, seq: Sequence) -> None:
+        """Lets a new or preempted sequence wait."""
+        seq.state = State.WAITING
+        self.num_waiting += 1
+        heapq.heappush(self._waiting, (seq.order, seq))
+
+    def remove(self, seq: Sequence, state: State = State.DONE) -> None:
+        """Takes a sequence out, wherever it is; its units are dropped unless it becomes PINNED."""
+        if seq.state is State.WAITING:
+            self.num_waiting -= 1
+        elif seq.state is State.RUNNING:
+            self.running.remove(seq)
+            self._tables.free_row(seq.row)
+        if state is not State.PINNED:
+            self._drop_units(seq)
+        seq.state = state
+
+    def schedule(self) -> list[Part]:
+        """The next step's parts, those of one token first; may be empty."""
+        budget = self._limits.max_num_batched_tokens
+        parts: dict[Sequence, Part] = {}
+        preemptions = self.num_preemptions
+        for seq in self._one_token_first():
+            if budget == 0:
+                break
+            if seq.state is State.RUNNING:
+                budget -= self._continue(seq, budget, parts)
+        self.blocked = None
+        if self.num_preemptions == preemptions:
+            self._admit_waiting(budget, parts)
+        ordered = sorted(parts.values(), key=lambda part: part.num_tokens > 1)
+        for part in ordered:
+            part.checkpoints = self._plan_checkpoints(part)
+        return ordered
+
+    def commit(self, parts: list[Part]) -> None:
+        """Books what a step has computed: from now on it can be found by others."""
+        for part in parts:
+            seq = part.sequence
+            seq.num_computed += part.num_tokens
+            if seq.writes_cache:
+                self._publish_blocks(seq)
+            if part.checkpoints:
+                self._publish_checkpoints(part)
+            self._free_behind_window(seq)
+
+    def publish_state(self, seq: Sequence) -> None:
+        """Names a finished hand-over's running state: it is the checkpoint at `num_computed`."""
+        if self._cache.slots is not None and seq.slot != NULL and seq.writes_cache:
+            name = seq.names[seq.num_computed // seq.block_size - 1]
+            self._cache.slots.publish(seq.slot, name, dear=True)
+
+    def owners(self, pinned: Iterable[Sequence]) -> dict[str, Counter[int]]:
+        """References that sequences hold between steps, by pool."""
+        counts: dict[str, Counter[int]] = {name: Counter() for name in self._cache.pools()}
+        for seq in (*self.running, *pinned):
+            for name, units in (("full", seq.full), ("window", seq.window), ("state", [seq.slot])):
+                if name in counts:
+                    counts[name].update(unit for unit in units if unit != NULL)
+        return counts
+
+    # Running sequences
+
+    def _one_token_first(self) -> list[Sequence]:
+        one: list[Sequence] = []
+        many: list[Sequence] = []
+        for seq in self.running:
+            (one if seq.target - seq.num_computed == 1 else many).append(seq)
+        return one + many
+
+    def _continue(self, seq: Sequence, budget: int, parts: dict[Sequence, Part]) -> int:
+        """Gives a running sequence up to `budget` tokens; returns how many of it are gone."""
+        wanted = min(seq.target - seq.num_computed, budget)
+        given_back = 0
+        while (tokens := self._grow(seq, wanted)) == 0:
+            victim = self._victim(seq)
+            if victim is None:
+                return -given_back
+            if victim in parts:
+                given_back += parts.pop(victim).num_tokens
+            self._preempt(victim)
+            if victim is seq:
+                return -given_back
+        parts[seq] = Part(seq, tokens, [])
+        return tokens - given_back
+
+    def _grow(self, seq: Sequence, tokens: int) -> int:
+        """Takes the blocks that `tokens` more tokens need; returns how many of them have room."""
+        end = seq.num_computed + tokens
+        if self._cache.full is not None and end > len(seq.full) * seq.block_size:
+            missing = -(-end // seq.block_size) - len(seq.full)
+            blocks = self._cache.full.take(missing)
+            if blocks is None:
+                return 0
+            put(self._tables.full, seq.row, len(seq.full), blocks)
+            seq.full += blocks
+        pool = self._cache.window
+        if pool is not None and end > len(seq.window) * seq.block_size:
+            missing = -(-end // seq.block_size) - len(seq.window)
+            blocks = pool.take(min(missing, pool.available)) or []
+            put(self._tables.window, seq.row, len(seq.window), blocks)
+            seq.window += blocks
+            return min(tokens, len(seq.window) * seq.block_size - seq.num_computed)
+        return tokens
+
+    def _victim(self, seq: Sequence) -> Sequence | None:
+        """Who loses its units so that `seq` can go on; None: it must wait for others to end."""
+        for candidate in reversed(self.running):
+            if not candidate.request.hand_over:
+                return candidate
+        return self.running[-1] if self.running[-1] is not seq else None
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.num_preemptions += 1
+        if seq.request.hand_over:
+            self.remove(seq)
+            self.failed.append((seq, "Its KV blocks were needed by a request before it."))
+            return
+        self.remove(seq, State.WAITING)
+        self.add(seq)
+
+    # Admission
+
+    def _admit_waiting(self, budget: int, parts: dict[Sequence, Part]) -> None:
+        while budget > 0 and (seq := self._next_waiting()) is not None:
+            if len(self.running) >= self._limits.max_num_seqs:
+                return
+            if not self._admit(seq):
+                self.blocked = None if self.running else seq
+                return
+            heapq.heappop(self._waiting)
+            tokens = min(seq.target - seq.num_computed, budget)
+            if tokens == 0:
+                continue
+            tokens = self._grow(seq, tokens)
+            if tokens == 0:
+                return
+            parts[seq] = Part(seq, tokens, [])
+            budget -= tokens
+
+    def _next_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][1].state is not State.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Gives a waiting sequence a row and all units of its known tokens, or nothing."""
+        match = self._match(seq)
+        self._cache.hold(match)
+        complete = seq.request.hand_over and match.depth == seq.resumable_blocks
+        num_blocks = -(-seq.target // seq.block_size)
+        full, slots = self._cache.full, self._cache.slots
+        needs_slot = slots is not None and not complete
+        if (
+            (full is not None and full.available < num_blocks - len(match.full))
+            or (slots is not None and needs_slot and slots.available < 1)
+            or (self._cache.window is not None and self._cache.window.available < 1)
+        ):
+            self._cache.drop(match)
+            return False
+        self._start(seq, match, needs_slot=needs_slot)
+        if full is not None:
+            blocks = take(full, num_blocks - len(match.full))
+            put(self._tables.full, seq.row, len(seq.full), blocks)
+            seq.full += blocks
+        return True
+
+    def _match(self, seq: Sequence) -> Match:
+        if not seq.reads_cache or seq.wants_prompt_logprobs:
+            return Match.none()
+        return self._cache.match(seq.names, seq.resumable_blocks)
+
+    def _start(self, seq: Sequence, match: Match, *, needs_slot: bool) -> None:
+        """Makes a waiting sequence run from a match that it holds."""
+        block_size = seq.block_size
+        self.num_waiting -= 1
+        seq.state = State.RUNNING
+        seq.row = self._tables.take_row()
+        self._insert(seq)
+        seq.num_computed = match.depth * block_size
+        seq.num_published = match.depth
+        seq.num_shared = len(match.full) * block_size
+        seq.full = list(match.full)
+        seq.first_window_block = match.depth - len(match.window)
+        seq.window = [NULL] * seq.first_window_block + match.window
+        put(self._tables.full, seq.row, 0, seq.full)
+        put(self._tables.window, seq.row, 0, seq.window)
+        seq.slot = match.checkpoint
+        seq.prompt_end = seq.resumable_blocks * block_size
+        if self._cache.slots is not None:
+            seq.junction = seq.num_shared if len(match.full) > match.depth else 0
+            if needs_slot:
+                (seq.slot,) = take(self._cache.slots, 1)
+        if needs_slot and match.checkpoint != NULL and self._cache.slots is not None:
+            self._copy_state(match.checkpoint, seq.slot)
+            self._cache.slots.drop(match.checkpoint)
+        if seq.num_cached is None:
+            seq.num_cached = seq.num_computed
+            if seq.reads_cache:
+                self.query_tokens += len(seq.tokens)
+                self.hit_tokens += seq.num_computed
+
+    def _insert(self, seq: Sequence) -> None:
+        position = len(self.running)
+        while position > 0 and self.running[position - 1].order > seq.order:
+            position -= 1
+        self.running.insert(position, seq)
+
+    # Checkpoints
+
+    def _plan_checkpoints(self, part: Part) -> list[PlannedCheckpoint]:
+        """Slots for the states to keep; what finds no spare slot is not kept."""
+        seq, slots = part.sequence, self._cache.slots
+        if slots is None or not seq.writes_cache:
+            return []
+        start, end = seq.num_computed, seq.num_computed + part.num_tokens
+        interval = self._limits.checkpoint_interval
+        dear = {b for b in (seq.prompt_end, seq.junction) if start < b <= end}
+        regular = range(start - start % interval + interval, end + 1, interval)
+        if not dear and not regular:
+            return []
+        boundaries = [(b, True) for b in sorted(dear)]
+        boundaries += [(b, False) for b in reversed(regular) if b not in dear]
+        if seq.request.hand_over and end == seq.target:
+            # The running slot will be that checkpoint.
+            boundaries = [(b, is_dear) for b, is_dear in boundaries if b != end]
+        planned: list[PlannedCheckpoint] = []
+        for boundary, is_dear in boundaries:
+            name = seq.names[boundary // seq.block_size - 1]
+            if slots.find(name) is not None:
+                continue
+            slot = slots.take_spare(dear=is_dear)
+            if slot is None:
+                break
+            planned.append(PlannedCheckpoint(boundary, slot, is_dear))
+        return sorted(planned, key=lambda checkpoint: checkpoint.boundary)
+
+    def _publish_checkpoints(self, part: Part) -> None:
+        seq, slots = part.sequence, self._cache.slots
+        for checkpoint in part.checkpoints:
+            if slots is not None:
+                name = seq.names[checkpoint.boundary // seq.block_size - 1]
+                slots.publish(checkpoint.slot, name, dear=checkpoint.dear)
+                slots.drop(checkpoint.slot)
+
+    # Units
+
+    def _publish_blocks(self, seq: Sequence) -> None:
+        computed = seq.num_computed // seq.block_size
+        for number in range(seq.num_published, computed):
+            name = seq.names[number]
+            if self._cache.full is not None:
+                self._cache.full.publish(seq.full[number], name)
+            if self._cache.window is not None:
+                self._cache.window.publish(seq.window[number], name)
+        seq.num_published = computed
+
+    def _free_behind_window(self, seq: Sequence) -> None:
+        pool = self._cache.window
+        if pool is None:
+            return
+        first = self._cache.first_window_block(seq.num_computed)
+        for number in range(seq.first_window_block, first):
+            pool.drop(seq.window[number])
+            seq.window[number] = NULL
+        if first > seq.first_window_block:
+            gone = first - seq.first_window_block
+            put(self._tables.window, seq.row, seq.first_window_block, [NULL] * gone)
+            seq.first_window_block = first
+
+    def _drop_units(self, seq: Sequence) -> None:
+        """Lets everything go, the deepest blocks first, so that chains are cut from their end."""
+        for pool, units in (
+            (self._cache.full, seq.full),
+            (self._cache.window, seq.window),
+            (self._cache.slots, [seq.slot]),
+        ):
+            if pool is not None:
+                for unit in reversed(units):
+                    if unit != NULL:
+                        pool.drop(unit)
+        seq.forget_progress()
+
+
+def take(pool: Pool, count: int) -> list[int]:
+    """Units that the caller has seen to be available."""
+    units = pool.take(count)
+    assert units is not None, f"pool {pool.name} promised {count} units"
+    return units

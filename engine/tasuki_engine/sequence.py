@@ -1,0 +1,149 @@
+"""One request while the engine works on it."""
+
+import enum
+
+from tasuki_common.hashing import HashAlgorithm, block_hashes
+from tasuki_engine.block_pool import NULL
+from tasuki_engine.request import EngineRequest, TokenLogprobs
+from tasuki_engine.sampler import SamplerRow
+
+
+class State(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PINNED = enum.auto()
+    """A hand-over that is computed and kept until released."""
+    DONE = enum.auto()
+
+
+class Sequence:
+    """Tokens, progress and units of one request.
+
+    `tokens` are prompt and output. `num_computed` of them are in the caches; the sequence runs until
+    that reaches `target`. `names` are the names of the full blocks of `tokens`, empty for a sequence
+    that neither reads nor writes the prefix cache.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_size",
+        "deadline",
+        "first_window_block",
+        "full",
+        "hash_algorithm",
+        "id",
+        "junction",
+        "max_tokens",
+        "names",
+        "num_cached",
+        "num_computed",
+        "num_offered",
+        "num_published",
+        "num_shared",
+        "output",
+        "parent",
+        "prompt_end",
+        "prompt_logprobs",
+        "prompt_logprobs_sent",
+        "request",
+        "row",
+        "sampler_row",
+        "slot",
+        "state",
+        "tokens",
+        "window",
+        "writes_cache",
+    )
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        *,
+        arrival: int,
+        deadline: float | None,
+        block_size: int,
+        hash_algorithm: HashAlgorithm,
+        parent: bytes | None,
+        writes_cache: bool,
+        max_tokens: int,
+        sampler_row: SamplerRow,
+    ) -> None:
+        """`parent` is the root of its block names, None to name none; `max_tokens` bounds `output`."""
+        self.request = request
+        self.id = request.request_id
+        self.arrival = arrival
+        self.deadline = deadline
+        self.block_size = block_size
+        self.hash_algorithm: HashAlgorithm = hash_algorithm
+        self.writes_cache = writes_cache
+        self.max_tokens = max_tokens
+        self.sampler_row = sampler_row
+        self.state = State.WAITING
+        self.output = sampler_row.output_token_ids
+        self.tokens = request.prompt_token_ids + self.output
+        self.parent = parent
+        self.names: list[bytes] = []
+        if parent is not None:
+            self.names = block_hashes(hash_algorithm, parent, self.tokens, block_size)
+        self.num_cached: int | None = None
+        """Tokens that the first admission found here."""
+        self.num_offered = 0
+        """Blocks of a hand-over that were reported."""
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self.prompt_logprobs_sent = request.sampling.prompt_logprobs is None
+        self.forget_progress()
+
+    def forget_progress(self) -> None:
+        """Back to nothing computed and nothing held; the units are the caller's business."""
+        self.row = -1
+        self.num_computed = 0
+        self.num_published = 0
+        self.num_shared = 0
+        """Tokens whose full-attention blocks are others' too and must not be written."""
+        self.full: list[int] = []
+        self.window: list[int] = []
+        """By block number; the null block where it fell behind the window."""
+        self.first_window_block = 0
+        self.slot = NULL
+        self.prompt_end = self.junction = 0
+        """Boundaries, in tokens, where a checkpoint outlives regular ones; 0: none."""
+        if not self.prompt_logprobs_sent:
+            self.prompt_logprobs = [None]
+
+    @property
+    def resumable_blocks(self) -> int:
+        """Blocks that may come from elsewhere: at least one token is left to compute."""
+        return (len(self.tokens) - 1) // self.block_size
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it may start from what others computed."""
+        return self.writes_cache or self.request.prefix_id is not None
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute before a token is sampled, or the hand-over is complete."""
+        if self.request.hand_over:
+            return self.resumable_blocks * self.block_size
+        return len(self.tokens)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first; the last is preempted first."""
+        return self.request.priority, self.arrival
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether logits of prompt positions are still needed."""
+        return not self.prompt_logprobs_sent
+
+    def append(self, token: int) -> None:
+        """Adds an output token, and the name of the block that it fills."""
+        self.tokens.append(token)
+        self.output.append(token)
+        if self.parent is not None and len(self.tokens) % self.block_size == 0:
+            parent = self.names[-1] if self.names else self.parent
+            block = self.tokens[-self.block_size :]
+            self.names += block_hashes(self.hash_algorithm, parent, block, self.block_size)
