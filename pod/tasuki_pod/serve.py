@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from tasuki_common import logs
-from tasuki_common.errors import ConfigError
+from tasuki_common.errors import ConfigError, TasukiError
 from tasuki_common.messages import Role
 from tasuki_common.settings import describe, load
 from tasuki_pod.config import PodConfig
 from tasuki_pod.engine_client import EngineLostError
+from tasuki_pod.http import error_response
 from tasuki_pod.pod import Pod, common_routes
 
 log = logs.get("tasuki.serve")
@@ -47,6 +50,7 @@ async def _run(config: PodConfig, role: Role, routes: Routes) -> int:
     pod = Pod(config, role, f"http://{_bracketed(config.advertise_host)}:{port}")
     await pod.start()
     app = FastAPI(title=f"tasuki {role}", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(TasukiError, _answer_error)
     app.router.routes.extend([*common_routes(pod), *routes(pod)])
     server = _Server(
         uvicorn.Config(
@@ -82,6 +86,12 @@ async def _run(config: PodConfig, role: Role, routes: Routes) -> int:
             raise result
     log.info("drain_6_gone", pod=config.pod_name)
     return 0 if leave.is_set() else 1
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    """What a plain route raised, in the shape of every error: a pod that loads answers 503."""
+    assert isinstance(error, TasukiError)
+    return error_response(error)
 
 
 def _listen(host: str, port: int) -> socket.socket:
