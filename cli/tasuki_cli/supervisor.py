@@ -31,6 +31,7 @@ _SETTLED_SECONDS = 60.0
 _STARTS = 5
 _POLL_STARTING, _POLL_READY = 0.1, 1.0
 _LONGEST_LINE = 1 << 16
+_LAST_WORDS_SECONDS = 1.0
 
 
 class State(enum.Enum):
@@ -134,6 +135,8 @@ class Child:
             _kill_group(running.pid)
             self.pid, self.requests = None, None
             watch.cancel()
+            await asyncio.wait([output], timeout=_LAST_WORDS_SECONDS)
+            output.cancel()  # something outside the group still holds its end
             await asyncio.gather(watch, output, return_exceptions=True)
             self._ended.set()
         return status

@@ -16,6 +16,7 @@ import msgspec
 from tasuki_common import logs
 from tasuki_common.errors import OverloadedError, RequestError, TasukiError
 from tasuki_common.messages import Ticket
+from tasuki_common.processes import die_with_parent
 from tasuki_engine.request import CacheEvent, EngineRequest, EngineStats, TokenOutput
 from tasuki_pod.wire import (
     LENGTH,
@@ -122,6 +123,7 @@ class EngineClient:
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # signals to the group go to who conducts the drain
+                preexec_fn=die_with_parent(),
             )
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
