@@ -2,8 +2,8 @@
 
 A unit is *free* (nobody's, without a name), *held* (by as many owners as it has references) or
 *cached* (nobody's, but it bears the name of what it contains and may be found again). `take` uses
-free units first and then forgets the cached unit that was let go the longest ago. Unit 0 is the null
-unit: never given out, a place for writes that nobody reads. Every operation is O(1).
+free units first and then forgets the cached unit that was let go the longest ago. Unit 0 is the
+null unit: never given out, a place for writes that nobody reads. Every operation is O(1).
 """
 
 from collections import Counter, OrderedDict
@@ -63,13 +63,13 @@ class Pool:
         return self.total - self.available
 
     def take(self, count: int) -> list[int] | None:
-        """`count` units with one reference each, or None (and nothing done) if there are too few."""
+        """`count` units with one reference each; None, and nothing done, if there are too few."""
         if count > self.available:
             return None
         return [self._give_out(self._pick()) for _ in range(count)]
 
     def take_spare(self, *, dear: bool) -> int | None:
-        """One unit for something that nobody needs: unless `dear`, no dear unit is forgotten for it."""
+        """One unit for what nobody needs; no dear one is forgotten for what is not `dear`."""
         if self._free or self._cached[0] or (dear and self._cached[1]):
             return self._give_out(self._pick())
         return None

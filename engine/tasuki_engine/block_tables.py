@@ -7,7 +7,7 @@ from tasuki_engine.block_pool import NULL
 
 
 class BlockTables:
-    """A row per running sequence: in `full` and `window`, int32 [rows, blocks], its blocks by number.
+    """A row per running sequence in `full` and `window`, int32 [rows, blocks]: its blocks in order.
 
     Entries that hold no block are 0. A table whose group the model lacks is None.
     """

@@ -192,7 +192,7 @@ class Engine:
         )
 
     def step(self) -> StepResult:
-        """Computes one batch: schedule, run, book; returns everything that is new since the last."""
+        """Computes one batch: schedule, run, book; returns all that is new since the last one."""
         started = time.perf_counter()
         self._end_overdue()
         parts = self._scheduler.schedule()
@@ -227,8 +227,8 @@ class Engine:
         """
         if num_tokens % self.config.block_size or not 0 <= num_tokens <= len(token_ids):
             raise RequestError(
-                f"num_tokens is {num_tokens}; it must be a multiple of {self.config.block_size} and "
-                f"at most the {len(token_ids)} tokens given.",
+                f"num_tokens is {num_tokens}; it must be a multiple of {self.config.block_size} "
+                f"and at most the {len(token_ids)} tokens given.",
                 param="num_tokens",
             )
         names = block_hashes(
@@ -240,7 +240,7 @@ class Engine:
         return self._imports.reserve(prefix_id, names)
 
     def commit(self, prefix_id: str) -> None:
-        """Puts a reserved prefix, whose bytes have arrived and were verified, into the prefix cache.
+        """Puts a reserved prefix, whose bytes arrived and were verified, into the prefix cache.
 
         It stays pinned until `cancel`.
 
@@ -277,7 +277,7 @@ class Engine:
         return msgspec.structs.replace(stats)
 
     def take_cache_events(self) -> list[CacheEvent]:
-        """What became findable in the prefix cache or was forgotten since the last call, in order."""
+        """What became findable in the prefix cache, or was forgotten, since the last call."""
         return self._cache.take_events()
 
     def check_integrity(self) -> None:
@@ -371,7 +371,7 @@ class Engine:
                 self._report(seq)
 
     def _report(self, seq: Sequence) -> None:
-        """Offers the spans of a hand-over that became final; completes and pins it at its target."""
+        """Offers the spans of a hand-over that became final; at its target, pins them all."""
         block_size = self.config.block_size
         num_final = seq.num_computed // block_size
         spans = self._spans("full", seq.full, seq.num_offered, num_final)

@@ -98,7 +98,7 @@ class Imports:
         return len(self._imports)
 
     def _needs(self, names: Sequence[bytes]) -> Iterator[tuple[Pool, list[int]]]:
-        """Per pool the numbers of the blocks that a prefix needs; the state's is its last block's."""
+        """Per pool the block numbers that a prefix needs; the state's is its last block's."""
         end = len(names)
         if end == 0:
             return

@@ -74,7 +74,7 @@ def plan(
     longest = -(-wanted_len // block_size) if full else 0
     window_need = 0
     if spec.window is not None and spec.window.window is not None:
-        # What a sequence sees, the block it is in and, of all sequences together, one step's tokens.
+        # What each sequence sees, the block it is in, and one step's tokens of them all.
         seen = -(-min(spec.window.window, wanted_len) // block_size) + 1
         window_need = seen * sequences + -(-step_tokens // block_size) + 1
         window_need = min(window_need, sequences * (-(-wanted_len // block_size) + 1))
@@ -107,7 +107,7 @@ def plan(
         )
     if state and num_slots < 2:
         raise ConfigError(
-            f"num_state_slots is {num_slots}; a running request needs one and the null slot another."
+            f"num_state_slots is {num_slots}; it must be 2 or more, one of them the null slot."
         )
     return MemoryPlan(
         budget_bytes=budget,
@@ -144,8 +144,8 @@ def _fitted_len(config: EngineConfig, wanted: int, num_blocks: int | None, budge
         return wanted
     if config.max_model_len is not None:
         raise ConfigError(
-            f"max_model_len is {wanted}, but {num_blocks} KV blocks (one of them the null block) of "
-            f"{config.block_size} tokens hold {reach}. Lower max_model_len to {reach}, or raise "
+            f"max_model_len is {wanted}, but {num_blocks} KV blocks of {config.block_size} tokens, "
+            f"one of them the null block, hold {reach}. Lower max_model_len to {reach}, or raise "
             f"num_blocks or the memory ({budget} bytes for all pools)."
         )
     return reach

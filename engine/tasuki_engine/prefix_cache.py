@@ -1,8 +1,8 @@
 """Which computed prefixes are still here, and how deep a prompt can resume on them.
 
-A prefix of b blocks can be *resumed* when all that the next token needs is here: every full-attention
-block before it, the blocks that its sliding window still sees, and a checkpoint of the recurrent
-state exactly there. What a model does not have it does not need.
+A prefix of b blocks can be *resumed* when all that the next token needs is here: every
+full-attention block before it, the blocks that its sliding window still sees, and a checkpoint of
+the recurrent state exactly there. What a model does not have it does not need.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ class PrefixCache:
         return max(0, num_tokens - self._window_tokens + 1) // self.block_size
 
     def match(self, names: Sequence[bytes], limit: int) -> Match:
-        """The deepest resumable boundary of at most `limit` blocks; `names` are the blocks' names."""
+        """The deepest boundary of at most `limit` blocks that can be resumed; `names` name them."""
         full: list[int] = []
         reach = limit
         if self.full is not None:

@@ -106,7 +106,7 @@ class Runner:
         num_blocks: int,
         shared: npt.NDArray[np.int64] | None,
     ) -> AttentionInput | None:
-        """Table and write positions; what stands in others' blocks already goes to the null block."""
+        """Table and write positions; what others' blocks hold already goes to the null block."""
         if table is None:
             return None
         block_table = table[rows, :num_blocks]

@@ -1,7 +1,7 @@
 """Who computes how many tokens in the next step.
 
-There are no phases. Every sequence has tokens that are known and tokens that are computed; each step
-deals out a budget of tokens so that the second catch up with the first. Running sequences come
+There are no phases. Every sequence has tokens that are known and tokens that are computed; each
+step deals out a budget of tokens so that the second catch up with the first. Running sequences come
 first, those that lack one token before those that lack many, so that no long prompt stops the
 others' streams; then waiting ones are admitted by (priority, arrival). An admission takes the
 full-attention blocks of all known tokens at once, so that only growing outputs can run out of them;
@@ -61,7 +61,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order; the last is preempted first."""
         self.failed: list[tuple[Sequence, str]] = []
-        """Sequences that were ended here, with the sentence that says why; the caller empties it."""
+        """Sequences that were ended here, and the sentence that says why; the caller empties it."""
         self.blocked: Sequence | None = None
         """The head of the queue, if it found too few units in the last step while nothing ran."""
         self.num_preemptions = 0

@@ -21,9 +21,9 @@ class State(enum.Enum):
 class Sequence:
     """Tokens, progress and units of one request.
 
-    `tokens` are prompt and output. `num_computed` of them are in the caches; the sequence runs until
-    that reaches `target`. `names` are the names of the full blocks of `tokens`, empty for a sequence
-    that neither reads nor writes the prefix cache.
+    `tokens` are prompt and output. `num_computed` of them are in the caches; the sequence runs
+    until that reaches `target`. `names` are the names of the full blocks of `tokens`, empty for a
+    sequence that neither reads nor writes the prefix cache.
     """
 
     __slots__ = (
@@ -70,7 +70,7 @@ class Sequence:
         max_tokens: int,
         sampler_row: SamplerRow,
     ) -> None:
-        """`parent` is the root of its block names, None to name none; `max_tokens` bounds `output`."""
+        """`parent` is the root of its block names, None to name none."""
         self.request = request
         self.id = request.request_id
         self.arrival = arrival

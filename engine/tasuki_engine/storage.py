@@ -85,6 +85,6 @@ def allocate(
         conv_end = math.prod(conv_shape) * spec.state.conv_dtype.itemsize
         ssm_start = _conv_bytes(spec.state)
         ssm_end = ssm_start + math.prod(ssm_shape) * spec.state.ssm_dtype.itemsize
-        conv = memory[:, :conv_end].view(spec.state.conv_dtype).unflatten(1, conv_shape)
-        ssm = memory[:, ssm_start:ssm_end].view(spec.state.ssm_dtype).unflatten(1, ssm_shape)
+        conv = memory[:, :conv_end].view(spec.state.conv_dtype).view(-1, *conv_shape)
+        ssm = memory[:, ssm_start:ssm_end].view(spec.state.ssm_dtype).view(-1, *ssm_shape)
     return Storage(regions, Caches(full=full, window=window, conv=conv, ssm=ssm))
