@@ -39,6 +39,9 @@ class PullResult:
     num_cached_tokens: int = 0
 
 
+_CANCELLED = PullResult(reason="cancelled", message="The pull was cancelled.")
+
+
 class TransferAgent:
     """The thread, and what the engine's loop may ask of it. `post` puts a call into the inbox."""
 
@@ -52,7 +55,7 @@ class TransferAgent:
         self._thread = threading.Thread(target=self._loop.run_forever, name="transfer", daemon=True)
         self._giver: Giver | None = None
         self._taker: Taker | None = None
-        self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._pulls: dict[str, asyncio.Task[PullResult]] = {}
         self._on_ended: Callable[[str, str], None]
         self._on_pulled: Callable[[str, PullResult], None]
 
@@ -114,9 +117,14 @@ class TransferAgent:
         """Fetches spans into the engine's pools; `on_pulled` hears exactly once how it ended."""
 
         def begin() -> None:
-            self._pulls[prefix_id] = self._loop.create_task(
-                self._pull(prefix_id, ticket, wanted, timeout)
-            )
+            task = self._loop.create_task(self._pull(prefix_id, ticket, wanted, timeout))
+            self._pulls[prefix_id] = task
+            task.add_done_callback(ended)
+
+        def ended(task: asyncio.Task[PullResult]) -> None:
+            del self._pulls[prefix_id]
+            result = _CANCELLED if task.cancelled() else task.result()
+            self._post(lambda: self._on_pulled(prefix_id, result))
 
         self._loop.call_soon_threadsafe(begin)
 
@@ -131,25 +139,17 @@ class TransferAgent:
 
     async def _pull(
         self, prefix_id: str, ticket: Ticket, wanted: dict[str, dict[int, int]], seconds: float
-    ) -> None:
-        result = PullResult(reason="cancelled", message="The pull was cancelled.")
+    ) -> PullResult:
         try:
             if self._taker is None:
                 raise TransferError("giver_failed", "This pod takes no prefixes.")
             pulled = await self._taker.pull(ticket, wanted, seconds)
-            result = PullResult(
-                bytes=pulled.bytes,
-                seconds=pulled.seconds,
-                backend=pulled.backend,
-            )
         except TransferError as error:
-            result = PullResult(reason=error.reason, message=str(error))
+            return PullResult(reason=error.reason, message=str(error))
         except Exception as error:
             log.exception("pull_failed", prefix_id=prefix_id)
-            result = PullResult(reason="internal", message=repr(error))
-        finally:
-            del self._pulls[prefix_id]
-            self._post(lambda: self._on_pulled(prefix_id, result))
+            return PullResult(reason="internal", message=repr(error))
+        return PullResult(bytes=pulled.bytes, seconds=pulled.seconds, backend=pulled.backend)
 
     async def _come_up(self) -> tuple[str, int, tuple[str, ...]]:
         start = self._start

@@ -1,5 +1,6 @@
 """Real pods for tests: their processes, and a small client that speaks to them as a gateway does."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -38,6 +39,7 @@ class PodProcess:
         self, role: str, model: Path, log: Path, *, engine: dict[str, Any] | None = None, **flags: Any
     ) -> None:
         self.role, self.log = role, log
+        log.unlink(missing_ok=True)
         flags = {
             "model": model,
             "served_name": "tiny",
@@ -230,6 +232,23 @@ async def generate(
     async for frame in stream(client, pod, generate_request(prompt, **options)):
         answer.add(frame)
     return answer
+
+
+async def post_and_leave(pod: PodProcess, request: GenerateRequest, seconds: float) -> None:
+    """POST /generate by a caller who closes the connection after `seconds`."""
+    host, port = pod.url.removeprefix("http://").split(":")
+    body = msgspec.msgpack.encode(request)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await reader.read(-1)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 async def prefill(
