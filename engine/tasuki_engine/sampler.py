@@ -4,12 +4,9 @@ The order is vLLM's: log-probabilities are of the raw logits; then `min_tokens` 
 repetition (prompt and output), frequency and presence penalty (output); an argmax for greedy rows;
 for the others temperature, min_p, top_k, top_p (each on what the one before left) and the draw.
 
-A filter is a threshold: it keeps all tokens that are at least as likely as the last one it must
-keep. So ties are kept together, and the outcome depends neither on a sort's order nor on the rest
-of the batch.
-
-A draw inverts the distribution function at `uniform(seed, sample_index, position)`. No state is
-carried from token to token, so any pod continues any other's sequence with the same draws.
+A draw depends on (seed, sample, position) and the row's own logits; nothing is carried from token
+to token or between rows. So any pod continues any other's sequence with the same draws, in any
+batch. The maths is in `tasuki_kernels.sampling`.
 """
 
 import dataclasses
@@ -22,13 +19,10 @@ import torch
 
 from tasuki_common.sampling import SamplingParams
 from tasuki_engine.request import Logprob, TokenLogprobs
+from tasuki_kernels import sampling
 
 GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as in vLLM: the division would overflow."""
-
-_CANDIDATES = 128
-"""Likeliest tokens that are sorted; a nucleus that reaches further is found by radix selection."""
-_MASK64 = (1 << 64) - 1
 
 
 @dataclasses.dataclass
@@ -116,9 +110,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> SampleResult:
     if drawn:
         chosen = [rows[i] for i in drawn]
         weights = _weigh(adjusted if len(drawn) == len(rows) else adjusted[drawn], chosen)
-        draws = [uniform(row.seed, row.sample_index, len(row.output_token_ids)) for row in chosen]
+        draws = [
+            sampling.uniform(row.seed, row.sample_index, len(row.output_token_ids))
+            for row in chosen
+        ]
         points = torch.tensor(draws, dtype=torch.float64, device=logits.device)
-        tokens[drawn] = invert_cdf(weights, points)
+        tokens[drawn] = sampling.invert_cdf(weights, points)
     token_ids: list[int] = tokens.masked_fill_(failed, -1).tolist()
     return SampleResult(token_ids, _logprobs_of_rows(logits, rows, token_ids))
 
@@ -153,24 +150,6 @@ def prompt_logprobs(
             next_token_ids, own[:, 0].tolist(), ranks, best, strict=True
         )
     ]
-
-
-def uniform(seed: int, sample_index: int, position: int) -> float:
-    """A number in [0, 1) of 52 random bits that depends on its arguments alone.
-
-    The splitmix64 generator (Steele, Lea, Flood 2014) at step `position`, started from a hash of
-    seed and sample. 52 bits, so that `u * total < total` in float64.
-    """
-    state = _mix64(_mix64(seed & _MASK64) + sample_index)
-    return (_mix64(state + position * 0x9E3779B97F4A7C15) >> 12) * 2.0**-52
-
-
-def _mix64(value: int) -> int:
-    """splitmix64's output function of `value` one step on."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
 
 
 def _logprobs_of_rows(
@@ -240,90 +219,12 @@ def _seen_by(row: SamplerRow) -> _Seen:
     return row._seen
 
 
-def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def invert_cdf(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """[R] int64: where the running sum of `weights` [R, V] first exceeds `points` [R] of its total.
-
-    weights: float32, not negative, some positive; points: float64 in [0, 1 - 2**-52].
-    """
-    cdf = weights.cumsum(dim=-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, points[:, None] * cdf[:, -1:], right=True)[:, 0]
-
-
 def _weigh(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
-    """exp((`logits` - max) / temperature) [R, V], 0 for what min_p, top_k and top_p exclude.
-
-    With the maximum gone first no temperature overflows, and the likeliest token weighs 1.
-    """
     params = [row.params for row in rows]
-    weights = logits - logits.amax(dim=-1, keepdim=True)
-    weights.div_(_column(weights, [p.temperature for p in params])).exp_()
-    if any(p.min_p > 0.0 for p in params):
-        weights.masked_fill_(weights < _column(weights, [p.min_p for p in params]), 0.0)
-    filtered = [i for i, p in enumerate(params) if 0 < p.top_k < logits.shape[1] or p.top_p < 1.0]
-    if len(filtered) == len(rows):
-        _keep_likeliest(weights, params)
-    elif filtered:
-        part = weights[filtered]
-        _keep_likeliest(part, [params[i] for i in filtered])
-        weights[filtered] = part
-    return weights
-
-
-def _keep_likeliest(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
-    """top_k, then top_p of what it left: zeroes the others in `weights` [R, V]."""
-    vocab_size = weights.shape[1]
-    top_ks = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-    most = max([k for k in top_ks if k < vocab_size], default=0)
-    best = weights.topk(min(max(most, _CANDIDATES), vocab_size), dim=-1).values
-    if most:
-        ranks = torch.tensor(top_ks, device=weights.device).clamp_(max=best.shape[1])[:, None] - 1
-        limited = torch.tensor([k < vocab_size for k in top_ks], device=weights.device)[:, None]
-        floors = best.gather(1, ranks).where(limited, 0.0)
-        weights.masked_fill_(weights < floors, 0.0)
-        best = best.masked_fill(best < floors, 0.0)
-    if any(p.top_p < 1.0 for p in params):
-        shares = _column(weights, [p.top_p for p in params]).double()
-        weights.masked_fill_(weights < _nucleus_floors(weights, best, shares), 0.0)
-
-
-def _nucleus_floors(
-    weights: torch.Tensor, best: torch.Tensor, shares: torch.Tensor
-) -> torch.Tensor:
-    """[R, 1]: the greatest weight such that tokens of no less hold `shares` [R, 1] of the total.
-
-    best: [R, K] greatest weights, in order.
-    """
-    mass = shares * weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    before = best.cumsum(dim=-1, dtype=torch.float64) - best
-    last = (before < mass).sum(dim=-1, keepdim=True).clamp_(min=1) - 1
-    floors = best.gather(1, last)
-    reaches = (before + best)[:, -1:] >= mass
-    if not bool(reaches.all()):
-        far = (~reaches)[:, 0]
-        floors[far] = _select_floors(weights[far], mass[far])
-    return floors
-
-
-def _select_floors(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """`_nucleus_floors` of any width, without a sort: radix selection by mass instead of count.
-
-    The bits of non-negative floats are ordered as the floats are. Of the 30 bits of floats up to 1,
-    ten a pass: how much weight lies at each value of these bits, and at which is the mass reached?
-    """
-    bits = weights.view(torch.int32)
-    part = weights.double()  # what has the floor's bits so far
-    floor = torch.zeros_like(mass, dtype=torch.int32)
-    above = torch.zeros_like(mass)
-    for shift in (20, 10, 0):
-        digits = (bits >> shift).bitwise_and_(1023).long()
-        table = part.new_zeros(len(part), 1024).scatter_add_(1, digits, part)
-        reached = table.flip(-1).cumsum(dim=-1).flip(-1).add_(above)
-        digit = (reached >= mass).sum(dim=-1, keepdim=True).clamp_(min=1) - 1
-        above = (reached - table).gather(1, digit)
-        floor = (floor << 10) | digit.int()
-        part = part.where(digits == digit, 0.0)
-    return floor.view(torch.float32)
+    return sampling.weigh(
+        logits,
+        temperatures=[p.temperature for p in params],
+        min_ps=[p.min_p for p in params],
+        top_ks=[p.top_k for p in params],
+        top_ps=[p.top_p for p in params],
+    )

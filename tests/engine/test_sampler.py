@@ -20,6 +20,7 @@ from tasuki_common.sampling import SamplingParams
 from tasuki_engine import sampler
 from tasuki_engine.request import TokenLogprobs
 from tasuki_engine.sampler import SamplerRow
+from tasuki_kernels import sampling
 
 V = 50
 STOP_IDS = (3, 7)
@@ -90,7 +91,7 @@ def test_draws_along_each_key_are_uniform_and_independent(axis: str) -> None:
     draws = []
     for i in range(20_000):
         moved = [*key[:at], key[at] + i, *key[at + 1 :]]
-        draws.append(sampler.uniform(*moved))
+        draws.append(sampling.uniform(*moved))
     assert all(0.0 <= draw < 1.0 for draw in draws)
     cells = 16
     single = Counter(int(draw * 256) for draw in draws)
@@ -105,15 +106,15 @@ def test_draws_along_each_key_are_uniform_and_independent(axis: str) -> None:
 
 def test_neighbouring_keys_do_not_share_draws() -> None:
     keys = itertools.product(range(-20, 20), range(20), range(20))
-    draws = [sampler.uniform(*key) for key in keys]
+    draws = [sampling.uniform(*key) for key in keys]
     assert len(set(draws)) == len(draws)
 
 
 def test_a_draw_of_almost_one_picks_the_last_token_that_can_be() -> None:
     weights = torch.tensor([[0.0, 0.3, 0.0, 1e-6, 0.7, 0.0], [1e-30, 0.0, 0.0, 0.0, 0.0, 0.0]])
     largest = torch.full((2,), 1 - 2.0**-52, dtype=torch.float64)
-    assert sampler.invert_cdf(weights, largest).tolist() == [4, 0]
-    assert sampler.invert_cdf(weights, torch.zeros_like(largest)).tolist() == [1, 0]
+    assert sampling.invert_cdf(weights, largest).tolist() == [4, 0]
+    assert sampling.invert_cdf(weights, torch.zeros_like(largest)).tolist() == [1, 0]
 
 
 @st.composite
@@ -155,7 +156,7 @@ def test_the_distribution_is_the_references(rows: list[SamplerRow], values: list
 def test_a_nucleus_of_any_width_is_the_references(
     monkeypatch: pytest.MonkeyPatch, candidates: int, spread: float
 ) -> None:
-    monkeypatch.setattr(sampler, "_CANDIDATES", candidates)
+    monkeypatch.setattr(sampling, "_CANDIDATES", candidates)
     rng = random.Random(fresh_seed())
     size, compared = 3000, 0
     for top_p in (0.1, 0.5, 0.9, 0.99, 0.9999, 1 - 1e-9):
