@@ -31,7 +31,7 @@ class GatewayConfig:
     )
     attempts: int = _setting(4, "Decode pods that one prompt may lose before it fails.")
     patience: float = _setting(
-        30.0, "Seconds that a request whose pod was lost waits for another to be ready."
+        30.0, "Seconds that a request waits for a decode pod, where one was lost a moment ago."
     )
     drain_timeout: float = _setting(
         30.0, "Seconds that streams get to finish after SIGTERM; then they end with an error."

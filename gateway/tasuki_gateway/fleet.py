@@ -18,7 +18,7 @@ import msgspec
 from tasuki_common import logs
 from tasuki_common.errors import ConfigError
 from tasuki_common.messages import Member
-from tasuki_gateway import models, routing
+from tasuki_gateway import metrics, models, routing
 from tasuki_gateway.http_client import HttpClient, SilentError, UpstreamError
 from tasuki_gateway.models import ModelText
 from tasuki_index import Index, IndexUnavailable
@@ -51,6 +51,11 @@ class Pod:
             self._requests_then, self._tokens_then = self._requests, self._tokens
         self.member = member
         self.heard_at = time.monotonic()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under which its model is served."""
+        return (self.member.model, *self.member.aliases)
 
     @property
     def busy(self) -> int:
@@ -136,11 +141,9 @@ class Fleet:
             except Exception:
                 log.exception("refresh_failed")
             suspects = any(pod.suspect for pod in self._pods.values())
-            await asyncio.sleep(SUSPECT_SECONDS)
             with contextlib.suppress(TimeoutError):
-                if not suspects:
-                    async with asyncio.timeout(REFRESH_SECONDS - SUSPECT_SECONDS):
-                        await self._wake.wait()
+                async with asyncio.timeout(SUSPECT_SECONDS if suspects else REFRESH_SECONDS):
+                    await self._wake.wait()
             self._wake.clear()
 
     async def refresh(self) -> None:
@@ -166,6 +169,13 @@ class Fleet:
             log.warning("pod_suspect", pod=pod.member.pod)
             self._regroup()
             self._wake.set()
+
+    def awaits(self, name: str) -> bool:
+        """Whether a decode pod of `name` was here a moment ago and may return."""
+        return any(
+            pod.suspect and pod.member.role == "decode" and name in pod.names
+            for pod in self._pods.values()
+        )
 
     async def changed(self, seconds: float) -> None:
         """Until the groups change, or `seconds`."""
@@ -249,7 +259,7 @@ class Fleet:
         ]
         by_name: dict[str, list[Pod]] = {}
         for pod in usable:
-            for name in (pod.member.model, *pod.member.aliases):
+            for name in pod.names:
                 by_name.setdefault(name, []).append(pod)
         groups: dict[str, Group] = {}
         for name, pods in by_name.items():
@@ -260,5 +270,14 @@ class Fleet:
                 text = self.names[name] = self._texts[chosen]
                 groups[name] = Group(text, (p for p in pods if p.member.fingerprint == chosen))
         self.groups = groups
+        _count(groups)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _count(groups: dict[str, Group]) -> None:
+    """Brings the gauge of pods up to date."""
+    metrics.pods.clear()
+    for name, group in groups.items():
+        metrics.pods.labels(name, "decode").set(len(group.decode))
+        metrics.pods.labels(name, "prefill").set(len(group.prefill))

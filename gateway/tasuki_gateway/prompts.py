@@ -37,8 +37,10 @@ async def chat_prompt(body: bodies.Chat | bodies.Tokenize, text: ModelText) -> l
     Raises:
         RequestError: the template refuses the messages.
     """
+    if not body.messages:
+        raise RequestError("messages is empty.", param="messages")
     rendered = text.template.render(
-        body.messages or [],
+        body.messages,
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,

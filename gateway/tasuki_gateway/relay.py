@@ -240,12 +240,12 @@ class Relay:
         return PodLost(reason, f"{pod.member.pod}: {error}")
 
     async def _group(self) -> Group:
-        """The pods that serve the model; a request whose pod was lost waits for one to return."""
+        """The pods that serve the model; waits for one that was lost a moment ago to return."""
         fleet = self._legs.fleet
-        patience = self._legs.config.patience if self.failovers else 0.0
-        until = min(time.monotonic() + patience, self._deadline)
+        until = min(time.monotonic() + self._legs.config.patience, self._deadline)
         while (group := fleet.groups.get(self._model)) is None:
-            if (left := until - time.monotonic()) <= 0:
+            left = until - time.monotonic()
+            if left <= 0 or not (self.failovers or fleet.awaits(self._model)):
                 raise OverloadedError(f"No decode pod of {self._model} is ready.", retry_after=5.0)
             await fleet.changed(left)
         return group

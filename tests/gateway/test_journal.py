@@ -43,9 +43,9 @@ def test_what_is_passed_on_and_what_is_journaled_agree_at_every_cut(
 def test_what_comes_before_the_first_token_is_held_until_it() -> None:
     journal, decoder = Journal(1), Decoder()
     role, first, more = decoder.feed(
-        encode(Kind.CHUNK, 0, [], b"role ") + encode(Kind.CHUNK, 0, [7], b"a") + encode(
-            Kind.FINISH, 0, [8], b"b"
-        )
+        encode(Kind.CHUNK, 0, [], b"role ")
+        + encode(Kind.CHUNK, 0, [7], b"a")
+        + encode(Kind.FINISH, 0, [8], b"b")
     )
     assert journal.take(role) == b""
     assert not journal.begun

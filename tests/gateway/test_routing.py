@@ -117,9 +117,7 @@ def test_pods_are_chosen_by_what_they_hold_and_how_busy_they_are(name: str) -> N
 def test_a_prompt_without_a_full_block_is_never_handed_over() -> None:
     for tokens in range(1, BLOCK + 1):
         assert routing.handed_over(tokens, BLOCK) == 0
-        assert not routing.choose(
-            [pod("d0")], [P0], tokens=tokens, depths={}, threshold=0
-        ).prefill
+        assert not routing.choose([pod("d0")], [P0], tokens=tokens, depths={}, threshold=0).prefill
     assert routing.handed_over(BLOCK + 1, BLOCK) == BLOCK
     assert routing.choose([pod("d0")], [P0], tokens=BLOCK + 1, depths={}, threshold=0).prefill
 

@@ -1,4 +1,4 @@
-"""A process that speaks the pods' protocol without an engine: for the gateway's own tests and bench.
+"""A process that speaks the pods' protocol without an engine, for the gateway's tests and bench.
 
 Its tokens are a pure function of (prompt, seed, sample, position), as a real pod's are, so a stream
 continued elsewhere has one right answer. POST /fault sets what goes wrong next. It also answers
@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-import urllib.error
+import traceback
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +49,7 @@ from tasuki_common.tokenizer import Tokenizer
 from tasuki_index import Index, Publisher
 
 MODEL = "fake"
+_POLLED = ("/health", "/ready", "/v1/models", "/get_model_info", "/get_server_info")
 CONTEXT = 4096
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -180,7 +181,7 @@ class FakePod:
             Route("/card", card),
             Route("/fault", set_fault, methods=["POST"]),
             Route("/seen", seen),
-            *(Route(path, _fine) for path in ("/health", "/ready", "/v1/models", "/get_model_info")),
+            *(Route(path, _fine) for path in _POLLED),
         ]
 
     def _next_fault(self) -> Fault:
@@ -256,13 +257,11 @@ class FakePod:
             self.running -= 1
 
     def _frames(self, asked: GenerateRequest, fault: Fault) -> Iterator[bytes]:
-        count = 0
-        for frame in self._answer(asked):
+        for count, frame in enumerate(self._answer(asked)):
             if fault.kind >= 0 and count == fault.frames:
                 error = {"error": {"message": "as told", "type": "server_error"}}
                 yield frames.encode(frames.Kind(fault.kind), 0, [], _json(error))
                 return
-            count += 1
             yield frame
 
     def _answer(self, asked: GenerateRequest) -> Iterator[bytes]:
@@ -293,7 +292,7 @@ class FakePod:
             done.append(token)
             delta = texts[choice].push([token], "length" if len(done) == limit else None)
             event = _event(asked, choice, delta.text, delta.finish_reason, [token])
-            if not (delta.text or delta.finished):
+            if not (delta.text or delta.finished or asked.return_token_ids):
                 event = b""
             kind = frames.Kind.FINISH if delta.finished else frames.Kind.CHUNK
             yield frames.encode(kind, choice, [token], event)
@@ -311,7 +310,11 @@ class FakePod:
         if not asked.get("stream"):
             choice = {"index": 0, "message": {"role": "assistant", "content": "word " * count}}
             choice["finish_reason"] = "length"
-            usage = {"prompt_tokens": 1000, "completion_tokens": count, "total_tokens": 1000 + count}
+            usage = {
+                "prompt_tokens": 1000,
+                "completion_tokens": count,
+                "total_tokens": 1000 + count,
+            }
             answer = {"id": "x", "object": "chat.completion", "created": 1, "model": MODEL}
             await JSONResponse(answer | {"choices": [choice], "usage": usage})(scope, receive, send)
             return
@@ -326,7 +329,7 @@ class FakePod:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
-class _Cut(Exception):
+class _Cut(Exception):  # noqa: N818 - what a test asked for
     """Ends a response by dropping its connection, as a dying process does."""
 
 
@@ -339,6 +342,9 @@ class _Raw:
             await self._handler(scope, receive, send)
         except _Cut:  # uvicorn closes a connection whose response was not completed
             return
+        except Exception:
+            traceback.print_exc()
+            raise
 
 
 def _event(
@@ -402,7 +408,7 @@ async def serve(options: argparse.Namespace) -> None:
     listener = socket.create_server(("127.0.0.1", options.port), backlog=2048)
     pod = FakePod(options, listener.getsockname()[1])
     app = Starlette(routes=pod.routes())
-    config = uvicorn.Config(app, log_level="error", loop="uvloop", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="critical", loop="uvloop", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     index = Index(options.redis_url) if options.redis_url else None
     publisher = Publisher(index, pod.member, ttl=2.0) if index else None
@@ -453,6 +459,8 @@ class Process:
         """As a crash does."""
         self.process.kill()
         self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def stop(self) -> None:
         """Ends it, if it still runs."""
@@ -480,9 +488,11 @@ class GatewayProcess:
         """Until /ready says so."""
         deadline = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                with urllib.request.urlopen(self.url + "/ready", timeout=2):
-                    return
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(self.url + "/ready", timeout=2),
+            ):
+                return
             assert self.process.poll() is None, "the gateway ended"
             assert time.monotonic() < deadline, "the gateway did not become ready"
             time.sleep(0.05)
