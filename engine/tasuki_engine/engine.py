@@ -307,6 +307,9 @@ class Engine:
 
     def _accept(self, sampled: Sampled) -> None:
         seq, token = sampled.sequence, sampled.token_id
+        if token < 0:
+            self._end(seq, "error", "The model's logits for it are not finite numbers.")
+            return
         seq.append(token)
         self._counters.generated_tokens += 1
         output = self._output(seq)
