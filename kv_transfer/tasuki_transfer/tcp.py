@@ -22,8 +22,8 @@ from tasuki_transfer.tasks import all_of, in_thread
 STREAMS = 4
 PART_BYTES = 4 << 20
 MIN_PART_BYTES = 256 << 10
-_VECTOR = 1024
-"""Views in one system call: IOV_MAX of Linux."""
+_CALL_VIEWS, _CALL_BYTES = 1024, 512 << 10
+"""Limits of one system call: IOV_MAX of Linux, and about what a socket takes at once."""
 _PATIENCE_MS = 10
 """How long a thread waits for the peer before it goes back to its pool."""
 
@@ -51,9 +51,10 @@ def _pump(
     """Move bytes until all are moved (True) or the peer makes us wait (False)."""
     poller = select.poll()
     poller.register(sock, event)
+    views = _views_a_call(pending)
     while pending:
         try:
-            count = move(sock, list(islice(pending, _VECTOR)))
+            count = move(sock, list(islice(pending, views)))
         except BlockingIOError:
             if not poller.poll(_PATIENCE_MS):
                 return False
@@ -64,6 +65,12 @@ def _pump(
             raise TransferError("truncated", "The peer closed a data stream.")
         _advance(pending, count)
     return True
+
+
+def _views_a_call(pending: deque[memoryview]) -> int:
+    """How many views one system call will not get far beyond."""
+    mean = sum(map(len, pending)) // max(len(pending), 1) + 1
+    return min(_CALL_VIEWS, _CALL_BYTES // mean + 1)
 
 
 def _send_once(sock: socket.socket, views: list[memoryview]) -> int:
