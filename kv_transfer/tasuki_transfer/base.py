@@ -44,6 +44,10 @@ class TransferError(TasukiError):
         self.reason: Reason = reason
 
 
+Note = bytes
+"""What a giver says beside the spans; the transfer does not read it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Pulled:
     """A pull that succeeded: what moved, how long it took from the call on, and by what."""
@@ -52,6 +56,8 @@ class Pulled:
     spans: int
     seconds: float
     backend: Backend
+    note: Note = b""
+    """What the giver said when it completed the prefix."""
 
 
 class Landing(NamedTuple):

@@ -118,11 +118,14 @@ class Giver:
         if lease is not None and spans:
             self._hasher.submit(self._checksum, lease, spans)
 
-    def complete(self, request_id: str) -> None:
-        """All spans have been offered. Ignored when the lease has ended."""
+    def complete(self, request_id: str, note: bytes = b"") -> None:
+        """All spans have been offered; `note` reaches the taker with them, unread.
+
+        Ignored when the lease has ended.
+        """
         lease = self._leases.find(request_id)
         if lease is not None:
-            self._hasher.submit(self._on_loop, self._finish, lease)
+            self._hasher.submit(self._on_loop, self._finish, lease, note)
 
     def fail(self, request_id: str, reason: str) -> None:
         """The prefix will not come; `reason` is a sentence for the taker."""
@@ -181,9 +184,9 @@ class Giver:
         if not lease.ended:
             lease.publish(spans, checksums)
 
-    def _finish(self, lease: Lease) -> None:
+    def _finish(self, lease: Lease, note: bytes) -> None:
         if not lease.ended:
-            lease.finish()
+            lease.finish(note)
 
     # Connections.
 

@@ -36,6 +36,7 @@ class Lease:
     offered: list[wire.Offered] = dataclasses.field(default_factory=list)
     spans: dict[tuple[str, int], Span] = dataclasses.field(default_factory=dict)
     complete: bool = False
+    note: bytes = b""
     ended: bool = False
     watchers: set[Watcher] = dataclasses.field(default_factory=set)
 
@@ -55,18 +56,18 @@ class Lease:
         for watcher in self.watchers:
             self._tell(watcher, offered)
 
-    def finish(self) -> None:
+    def finish(self, note: bytes = b"") -> None:
         """All spans have been published."""
-        self.complete = True
+        self.complete, self.note = True, note
         for watcher in self.watchers:
-            watcher.send(wire.Complete(watcher.pull))
+            watcher.send(wire.Complete(watcher.pull, note))
 
     def _tell(self, watcher: Watcher, offered: list[wire.Offered]) -> None:
         for first in range(0, len(offered), wire.SPANS_PER_MESSAGE):
             part = offered[first : first + wire.SPANS_PER_MESSAGE]
             watcher.send(wire.Offer(watcher.pull, part))
         if self.complete:
-            watcher.send(wire.Complete(watcher.pull))
+            watcher.send(wire.Complete(watcher.pull, self.note))
 
 
 _ENDINGS: dict[Outcome, tuple[Reason, str]] = {

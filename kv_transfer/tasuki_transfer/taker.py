@@ -56,7 +56,7 @@ class Taker:
         try:
             async with asyncio.timeout(timeout):
                 link = await self._link(ticket)
-                await self._take(link, ticket.request_id, wanted)
+                note = await self._take(link, ticket.request_id, wanted)
         except TimeoutError as error:
             raise TransferError(
                 "timeout", f"Pod {ticket.pod!r} did not hand over within {timeout} s."
@@ -67,6 +67,7 @@ class Taker:
             spans=sum(moved.values()),
             seconds=time.monotonic() - started,
             backend=link.source.backend,
+            note=note,
         )
 
     async def close(self) -> None:
@@ -82,7 +83,8 @@ class Taker:
                 await (await self._nixl).close()
         self._threads.shutdown()
 
-    async def _take(self, link: links.Link, request_id: str, wanted: Wanted) -> None:
+    async def _take(self, link: links.Link, request_id: str, wanted: Wanted) -> bytes:
+        """The giver's note, once all that is wanted is here and the lease is released."""
         missing = {(pool, at): row for pool, rows in wanted.items() for at, row in rows.items()}
         async with link.watch(request_id) as watch:
             try:
@@ -98,6 +100,7 @@ class Taker:
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
             await watch.release()
+        return message.note if isinstance(message, wire.Complete) else b""
 
     async def _land(
         self, source: Source, request_id: str, pool: str, landings: list[Landing]

@@ -131,9 +131,10 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
 
 
 class Complete(msgspec.Struct, frozen=True, tag=True):
-    """Giver: everything has been offered."""
+    """Giver: everything has been offered; `note` is what it has to say beside the bytes."""
 
     pull: int
+    note: bytes = b""
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from tasuki_common import logs
 from tasuki_common.errors import TasukiError
 from tasuki_common.messages import Ticket
@@ -90,8 +92,8 @@ class TransferAgent:
             self._giving().offer(request_id, list(spans))
 
     def complete(self, request_id: str, num_cached_tokens: int) -> None:
-        """All spans are offered."""
-        self._giving().complete(request_id)
+        """All spans are offered; so many of the tokens had not to be computed."""
+        self._giving().complete(request_id, msgspec.msgpack.encode(num_cached_tokens))
 
     def fail(self, request_id: str, reason: str) -> None:
         """The prefix will not be completed, or not be kept."""
@@ -144,12 +146,18 @@ class TransferAgent:
             if self._taker is None:
                 raise TransferError("giver_failed", "This pod takes no prefixes.")
             pulled = await self._taker.pull(ticket, wanted, seconds)
+            num_cached = msgspec.msgpack.decode(pulled.note, type=int)
         except TransferError as error:
             return PullResult(reason=error.reason, message=str(error))
         except Exception as error:
             log.exception("pull_failed", prefix_id=prefix_id)
             return PullResult(reason="internal", message=repr(error))
-        return PullResult(bytes=pulled.bytes, seconds=pulled.seconds, backend=pulled.backend)
+        return PullResult(
+            bytes=pulled.bytes,
+            seconds=pulled.seconds,
+            backend=pulled.backend,
+            num_cached_tokens=num_cached,
+        )
 
     async def _come_up(self) -> tuple[str, int, tuple[str, ...]]:
         start = self._start

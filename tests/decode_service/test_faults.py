@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 from damaging_proxy import cut_at, flip_byte_at, proxy
 from pods import Answer, PodProcess, generate, prefill, running, until_idle
+
 from tasuki_common.messages import Ticket
 
 NUM_TOKENS = 10
@@ -161,7 +162,12 @@ async def test_a_ticket_of_another_prompt_or_salt_is_refused(
 ) -> None:
     other = [*prompt[:17], (prompt[17] + 1) % 250, *prompt[18:]]
     await run(
-        client, decode_pod, model, prompt, await prefill(client, prefill_pod, other), "refused_prefix"
+        client,
+        decode_pod,
+        model,
+        prompt,
+        await prefill(client, prefill_pod, other),
+        "refused_prefix",
     )
     salted = await prefill(client, prefill_pod, prompt, cache_salt="theirs")
     await run(client, decode_pod, model, prompt, salted, "refused_prefix")

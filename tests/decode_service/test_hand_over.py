@@ -32,7 +32,9 @@ async def test_a_prompt_computed_elsewhere_gives_the_tokens_and_logprobs_of_tran
     rng = random.Random(seed)
     folder = tiny_models.make(family, folders, seed)
     pods = [
-        PodProcess(role, folder, folders / f"{family}-{backend}-{role}.log", transfer_backends=backend)
+        PodProcess(
+            role, folder, folders / f"{family}-{backend}-{role}.log", transfer_backends=backend
+        )
         for role in ("prefill", "decode")
     ]
     with running(*pods) as (giver, taker):
@@ -69,6 +71,21 @@ async def test_a_seeded_sample_is_the_same_with_and_without_a_hand_over(
     assert moved.finished == {0, 1, 2}
     assert moved.usage is not None
     assert moved.usage.completion_tokens == 60
+
+
+async def test_cached_tokens_are_those_that_no_pod_had_to_compute(
+    prefill_pod: PodProcess, decode_pod: PodProcess, client: httpx.AsyncClient, seed: int
+) -> None:
+    prompt = random_prompt(random.Random(seed + 3), 10 * BLOCK + 5)
+    cached = []
+    for _ in range(2):
+        answer = await relay(client, prefill_pod, decode_pod, prompt)
+        assert answer.usage is not None
+        cached.append(answer.usage.cached_tokens)
+    assert cached == [0, 10 * BLOCK]
+    local = await generate(client, decode_pod, prompt)
+    assert local.usage is not None
+    assert local.usage.cached_tokens == 10 * BLOCK
 
 
 async def test_what_the_decode_pod_has_is_not_moved_again(

@@ -18,6 +18,7 @@ from pods import (
     prefill,
     until_idle,
 )
+
 from tasuki_common.frames import Frame, Kind
 from tasuki_common.messages import ResumedChoice
 from tasuki_common.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Real pods for tests: their processes, and a small client that speaks to them as a gateway does."""
+"""Real pods for tests, and a small client that speaks to them as a gateway does."""
 
 import asyncio
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import msgspec
+
 from tasuki_common.frames import Decoder, Frame, Kind
 from tasuki_common.messages import (
     GenerateRequest,
@@ -36,7 +37,13 @@ class PodProcess:
     """One running pod; `url` is known once it is ready."""
 
     def __init__(
-        self, role: str, model: Path, log: Path, *, engine: dict[str, Any] | None = None, **flags: Any
+        self,
+        role: str,
+        model: Path,
+        log: Path,
+        *,
+        engine: dict[str, Any] | None = None,
+        **flags: Any,
     ) -> None:
         self.role, self.log = role, log
         log.unlink(missing_ok=True)
@@ -255,9 +262,7 @@ async def prefill(
     client: httpx.AsyncClient, pod: PodProcess, prompt: list[int], **options: Any
 ) -> Ticket:
     """POST /prefill."""
-    request = PrefillRequest(
-        request_id=secrets.token_hex(6), prompt_token_ids=prompt, **options
-    )
+    request = PrefillRequest(request_id=secrets.token_hex(6), prompt_token_ids=prompt, **options)
     response = await client.post(f"{pod.url}/prefill", content=msgspec.msgpack.encode(request))
     assert response.status_code == 200, response.text
     return msgspec.msgpack.decode(response.content, type=Ticket)
@@ -290,4 +295,4 @@ async def until_idle(pod: PodProcess, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while left := {name: value for name in names if (value := pod.metric(name))}:
         assert time.monotonic() < deadline, f"{pod.role} pod still holds {left}"
-        time.sleep(0.05)
+        await asyncio.sleep(0.05)
