@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tasuki_common.errors import ConfigError
 
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_COPIES = ["*/*", "consolidated*"]  # the same weights in other formats
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -30,7 +31,11 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_FILES, ignore_patterns=_COPIES
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -118,10 +118,10 @@ def _weight_files(folder: Path) -> list[Path]:
         if missing:
             raise ConfigError(f"{folder} lacks {', '.join(missing)}, which its index names.")
         return [folder / shard for shard in sorted(shards)]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    whole = folder / "model.safetensors"
+    if not whole.exists():
         raise ConfigError(f"{folder} has no safetensors files; other formats are not read.")
-    return files
+    return [whole]
 
 
 def _batches(names: dict[str, Path]) -> list[tuple[Path, list[str]]]:
