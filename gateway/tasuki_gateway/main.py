@@ -10,10 +10,12 @@ A second signal skips to 5.
 """
 
 import asyncio
+import contextlib
 import math
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 
@@ -35,6 +37,14 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._gateway = gateway
         self._drain_timeout = drain_timeout
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves by returning; uvicorn's own way ends the process by the signal again."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gateway.draining = True

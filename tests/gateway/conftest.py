@@ -12,9 +12,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
     """Starts stacks that end with the module."""
     with contextlib.ExitStack() as stack:
 
-        def starter(*arguments: str, prefill: int = 1, decode: int = 2) -> Stack:
+        def starter(
+            *arguments: str, prefill: int = 1, decode: int = 2, redis_url: str | None = None
+        ) -> Stack:
             folder = tmp_path_factory.mktemp("gateway")
-            started = Stack(folder, prefill, decode, arguments)
+            started = Stack(folder, prefill, decode, arguments, redis_url)
             stack.callback(started.stop)
             return started
 

@@ -43,7 +43,7 @@ def ask(stack: Stack, path: str = "/v1/completions", **fields: Any) -> str:
 
 def frame_ends(stack: Stack, **fields: Any) -> list[int]:
     """Where the frames end in the stream of the request, in bytes."""
-    options = argparse.Namespace(role="decode", name="x", fingerprint="f1", record=False)
+    options = argparse.Namespace(role="decode", name="x", fingerprint="f1", tokenizer="")
     pod = FakePod(options, 1)
     asked = ASKED | fields
     request = GenerateRequest(
@@ -65,6 +65,7 @@ def frame_ends(stack: Stack, **fields: Any) -> list[int]:
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_stream_cut_anywhere_goes_on_without_gap_or_double(stack: Stack, n: int) -> None:
     expected = texts(ask(stack, n=n), n)

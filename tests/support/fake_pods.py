@@ -108,7 +108,9 @@ class FakePod:
         self.options = options
         self.fault = Fault()
         self.files = {
-            "tokenizer.json": tokenizer_json(),
+            "tokenizer.json": (
+                Path(options.tokenizer).read_bytes() if options.tokenizer else tokenizer_json()
+            ),
             "tokenizer_config.json": _json({"chat_template": _TEMPLATE}),
         }
         self.tokenizer = Tokenizer.from_files(self.files)
@@ -512,6 +514,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--fingerprint", default="f1")
     parser.add_argument("--redis-url", default="")
+    parser.add_argument("--tokenizer", default="", help="A tokenizer.json of another size.")
     parser.add_argument("--yields", action="store_true", help="One write a token.")
     parser.add_argument("--no-record", dest="record", action="store_false")
     asyncio.run(serve(parser.parse_args()))

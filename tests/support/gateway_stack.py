@@ -12,14 +12,23 @@ from redis_server import free_port
 class Stack:
     """One gateway, its pods, and a client to it."""
 
-    def __init__(self, folder: Path, prefill: int, decode: int, arguments: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        prefill: int,
+        decode: int,
+        arguments: tuple[str, ...],
+        redis_url: str | None = None,
+    ) -> None:
+        """Without `redis_url` the gateway learns of its pods by asking them."""
         self.log = folder / "gateway.log"
-        self.prefill = [fake_pods.Process("prefill", f"prefill-{i}") for i in range(prefill)]
-        self.decode = [fake_pods.Process("decode", f"decode-{i}") for i in range(decode)]
-        seeds = ",".join(pod.url for pod in self.pods)
-        self.gateway = fake_pods.GatewayProcess(
-            "--seeds", seeds, *arguments, port=free_port(), log=self.log
-        )
+        index = ("--redis-url", redis_url) if redis_url else ()
+        self.prefill = [
+            fake_pods.Process("prefill", f"prefill-{i}", *index) for i in range(prefill)
+        ]
+        self.decode = [fake_pods.Process("decode", f"decode-{i}", *index) for i in range(decode)]
+        found = index or ("--seeds", ",".join(pod.url for pod in self.pods))
+        self.gateway = fake_pods.GatewayProcess(*found, *arguments, port=free_port(), log=self.log)
         self.url = self.gateway.url
         self.client = httpx.Client(base_url=self.url, timeout=30)
         self.gateway.wait_ready()
