@@ -1,0 +1,49 @@
+"""One relay of a hybrid model that all tests share, and whatever each family needs."""
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import tiny_models
+from fresh_seed import fresh_seed
+from relays import Relay, running
+
+LONGEST = 240
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    return fresh_seed()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("relay")
+
+
+@pytest.fixture(scope="session")
+def model(folders: Path, seed: int) -> Path:
+    """A hybrid: recurrent layers and attention."""
+    return tiny_models.make("granite_hybrid", folders, seed)
+
+
+@pytest.fixture(scope="session")
+def relay(folders: Path, model: Path) -> Iterator[Relay]:
+    """One prefill pod, two decode pods; every prompt is handed over. Tests leave it whole."""
+    with running(Relay(folders / "shared", model)) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    async with httpx.AsyncClient(timeout=90.0, limits=limits) as client:
+        yield client
+
+
+@pytest.fixture
+def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
+    """Other numbers for each test, from the session's seed."""
+    return random.Random(f"{seed} {request.node.name}")
