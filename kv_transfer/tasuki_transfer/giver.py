@@ -88,7 +88,7 @@ class Giver:
         if "nixl" not in self._backends:
             return
         try:
-            self._nixl = await NixlAgent.create(f"giver-{self._incarnation}", self._regions)
+            self._nixl = await NixlAgent.create("giver", self._regions)
         except TransferError as error:
             _log.warning("nixl_unavailable", error=str(error))
             self._backends = tuple(name for name in self._backends if name != "nixl")

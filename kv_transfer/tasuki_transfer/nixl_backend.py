@@ -12,6 +12,7 @@ for, and when it does not end, the agent is given up with all reads it has.
 import asyncio
 import importlib.util
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,12 +44,12 @@ def usable(backends: Sequence[Backend]) -> tuple[Backend, ...]:
 class NixlAgent:
     """One NIXL agent with all regions registered: `create` it, `close` it."""
 
-    def __init__(self, name: str, regions: dict[str, Region]) -> None:
+    def __init__(self, role: str, regions: dict[str, Region]) -> None:
         self.regions = regions
         self.given_up = False
         self.metadata = b""
         """What the other side's `source` needs."""
-        self._name = name
+        self._name = f"{role}-{secrets.token_hex(8)}"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tasuki-nixl")
         self._agent: Any = None
         self._registered: list[Any] = []
@@ -57,9 +58,9 @@ class NixlAgent:
         self._gone = asyncio.Event()
 
     @classmethod
-    async def create(cls, name: str, regions: dict[str, Region]) -> "NixlAgent":
+    async def create(cls, role: str, regions: dict[str, Region]) -> "NixlAgent":
         """Start UCX and register the regions. Raises TransferError("backend")."""
-        agent = cls(name, regions)
+        agent = cls(role, regions)
         try:
             await agent._call(agent._open)
         except TransferError:

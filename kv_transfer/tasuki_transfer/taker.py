@@ -6,7 +6,6 @@ offered and its lease stood until then, or it raises, and nothing writes into th
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -176,8 +175,7 @@ class Taker:
         """Our NIXL agent; a new one when the last was given up."""
         task = self._nixl
         if task is None or (task.done() and (task.exception() or task.result().given_up)):
-            name = f"taker-{secrets.token_hex(8)}"
-            task = self._nixl = asyncio.create_task(NixlAgent.create(name, self._regions))
+            task = self._nixl = asyncio.create_task(NixlAgent.create("taker", self._regions))
         return await asyncio.shield(task)
 
 

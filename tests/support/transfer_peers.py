@@ -187,13 +187,18 @@ class CuttingProxy:
 
 
 class GiverProcess:
-    """A giver of random regions in a process of its own, with one complete lease named `r`."""
+    """A giver of random regions in a process of its own, with two complete leases.
+
+    `ticket` has the spans, `warm` none: pulling it makes the connections.
+    """
 
     def __init__(self, seed: int, backend: Backend, counts: dict[str, int]) -> None:
         command = [sys.executable, __file__, str(seed), backend, json.dumps(counts)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
-        self.ticket = msgspec.json.decode(self._process.stdout.readline(), type=Ticket)
+        self.ticket, self.warm = msgspec.json.decode(
+            self._process.stdout.readline(), type=tuple[Ticket, Ticket]
+        )
 
     def signal(self, number: int) -> None:
         """Send a signal."""
@@ -213,7 +218,9 @@ async def _serve(seed: int, backend: Backend, counts: dict[str, int]) -> None:
     ticket = both.ticket("r")
     both.giver.offer("r", both.spans(**counts))
     both.giver.complete("r")
-    sys.stdout.write(msgspec.json.encode(ticket).decode() + "\n")
+    warm = both.ticket("warm")
+    both.giver.complete("warm")
+    sys.stdout.write(msgspec.json.encode((ticket, warm)).decode() + "\n")
     sys.stdout.flush()
     await asyncio.sleep(120)
 
