@@ -7,6 +7,7 @@ happens between steps. Everything that was taken is given back when its request 
 
 import hashlib
 import heapq
+import os
 import random
 import time
 from collections.abc import Sequence as Seq
@@ -56,6 +57,8 @@ class Engine:
             ConfigError: when the model or the sizes cannot work.
         """
         self.config = config
+        # Oversubscribed OpenMP threads spin against each other: several engines share a machine.
+        torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) // 2))
         self.model = models.load(config) if model is None else model
         spec, device = self.model.cache_spec, self.model.device
         self.plan = memory.plan(config, spec, model_max_len=self.model.max_model_len, device=device)
