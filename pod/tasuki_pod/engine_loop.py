@@ -72,7 +72,7 @@ class EngineLoop:
         agent.bind(self._on_prefix_ended, self._on_pulled)
 
     def run(self) -> None:
-        """Until `Stop`; an error of the engine leaves as it is."""
+        """Until `Stop`, when the books must balance; an error of the engine leaves as it is."""
         while not self._stopped:
             self._take_commands()
             result = self._engine.step() if self._engine.has_work() else StepResult()
@@ -80,6 +80,7 @@ class EngineLoop:
                 self._offer(hand_over)
             self._reserve_waiting()
             self._report(result)
+        self._engine.check_integrity()
 
     def _take_commands(self) -> None:
         """All commands that are there; when the engine is idle, waits for one."""
