@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
             for text in _answer(client, chosen):
                 sys.stdout.write(text)
                 sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
     except httpx.HTTPError as error:
         sys.stderr.write(f"{chosen.url} does not answer: {error}.\n")
         return 1

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from tasuki_operator.schema import InferenceDeployment
+from tasuki_operator.schema import InferenceDeployment, Spec
 
 Part = Literal["redis", "prefill", "decode", "gateway"]
 
@@ -43,6 +43,7 @@ class Surroundings:
     """One per prefill pod, then one per decode pod."""
     run_folder: Path
     redis_server: str | None
+    has_cuda: bool
     transfer_key: str
     api_key: str | None
     log_level: str
@@ -62,6 +63,11 @@ def processes(deployment: InferenceDeployment, around: Surroundings) -> list[Pro
     if around.redis_server is not None:
         planned.insert(0, _redis(around.redis_server, around.run_folder))
     return planned
+
+
+def cuda_is_here() -> bool:
+    """Whether this machine has a CUDA device, told without importing torch."""
+    return Path("/dev/nvidiactl").exists()
 
 
 def redis_executable() -> str | None:
@@ -108,7 +114,7 @@ def _pod(
             *("--model", around.model, "--served-name", deployment.served_name),
             *("--aliases", ",".join(spec.model.aliases)),
             *("--host", "127.0.0.1", "--port", str(port), "--pod-name", name),
-            *("--transfer-backends", ",".join(spec.transfer.backends)),
+            *("--transfer-backends", ",".join(_backends(spec, around.has_cuda))),
             *("--transfer-host", "127.0.0.1", "--transfer-port", "0"),
             *("--lease-seconds", str(spec.transfer.lease_seconds)),
             *("--drain-seconds", str(_DRAIN_SECONDS), "--log-level", around.log_level),
@@ -136,6 +142,12 @@ def _gateway(deployment: InferenceDeployment, around: Surroundings, seeds: list[
         address=f"http://{_bracketed(around.host)}:{around.gateway_port}",
         stop_seconds=_DRAIN_SECONDS + 5.0,
     )
+
+
+def _backends(spec: Spec, has_cuda: bool) -> list[str]:
+    if spec.transfer.backends is not None:
+        return list(spec.transfer.backends)
+    return ["nixl", "tcp"] if has_cuda and spec.engine.device != "cpu" else ["tcp"]
 
 
 def _tasuki(verb: str) -> tuple[str, ...]:

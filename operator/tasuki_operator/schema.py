@@ -162,8 +162,9 @@ class DecodeSpec(_Model):
 class TransferSpec(_Model):
     """How state moves from a prefill pod to a decode pod."""
 
-    backends: list[Literal["nixl", "tcp"]] = Field(default=["nixl", "tcp"], min_length=1)
-    """In order of preference; a pair of pods uses the first that both have."""
+    backends: list[Literal["nixl", "tcp"]] | None = Field(default=None, min_length=1)
+    """In order of preference; a pair of pods uses the first that both have. Absent: nixl, tcp on
+    CUDA; tcp on the CPU, where NIXL's progress thread would take a core from the model."""
     lease_seconds: float = Field(default=30.0, gt=0.0, le=3600.0)
     """How long a prefill pod keeps state that nobody fetches or renews."""
 

@@ -37,7 +37,7 @@ def test_the_minimal_file_gets_a_default_everywhere() -> None:
     assert deployment.served_name == "granite"
     assert deployment.spec.prefill.replicas == 1
     assert deployment.spec.decode.replicas == 1
-    assert deployment.spec.transfer.backends == ["nixl", "tcp"]
+    assert deployment.spec.transfer.backends is None
 
 
 def test_engine_fields_and_defaults_are_the_engines() -> None:

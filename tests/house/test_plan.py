@@ -1,0 +1,80 @@
+"""What `tasuki up` would start for a file: the plan alone, nothing is started."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tasuki_cli import plan
+from tasuki_operator import files
+
+FILE = """\
+apiVersion: tasuki.dev/v1alpha1
+kind: InferenceDeployment
+metadata: {name: granite}
+spec:
+  model: {source: "hf://a/b", revision: main, aliases: [g, h]}
+  engine: {maxModelLen: 4096, device: %s}
+  prefill: {replicas: 2}
+  decode: {replicas: 1}
+"""
+AROUND = plan.Surroundings(
+    model="a/b",
+    host="::1",
+    gateway_port=8000,
+    pod_ports=[1, 2, 3],
+    run_folder=Path("/run/tasuki"),
+    redis_server="/bin/redis-server",
+    has_cuda=True,
+    transfer_key="k3y",
+    api_key="s3cret",
+    log_level="info",
+)
+
+
+def planned(device: str = "auto", **around: object) -> list[plan.Process]:
+    deployment = files.parse((FILE % device).encode(), "x.yaml")
+    return plan.processes(deployment, dataclasses.replace(AROUND, **around))  # type: ignore[arg-type]
+
+
+def flag(process: plan.Process, name: str) -> str:
+    return process.command[process.command.index(name) + 1]
+
+
+def test_the_file_becomes_redis_pods_and_a_gateway() -> None:
+    names = [process.name for process in planned()]
+    assert names == ["redis", "prefill-0", "prefill-1", "decode-0", "gateway"]
+
+
+def test_pods_share_name_and_engine_and_differ_in_port() -> None:
+    pods = [process for process in planned() if process.part in ("prefill", "decode")]
+    assert [flag(pod, "--port") for pod in pods] == ["1", "2", "3"]
+    for pod in pods:
+        assert flag(pod, "--served-name") == "granite"
+        assert flag(pod, "--aliases") == "g,h"
+        engine = json.loads(flag(pod, "--engine"))
+        assert (engine["max_model_len"], engine["revision"]) == (4096, "main")
+
+
+def test_the_gateway_knows_all_pods_without_redis() -> None:
+    *pods, gateway = planned(redis_server=None)
+    assert flag(gateway, "--seeds") == ",".join(pod.address for pod in pods)
+    assert not any("--redis-url" in process.command for process in planned(redis_server=None))
+    assert gateway.address == "http://[::1]:8000"
+
+
+def test_secrets_stay_out_of_command_lines() -> None:
+    for process in planned():
+        assert not any("k3y" in part or "s3cret" in part for part in process.command)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_cuda", "backends"),
+    [("auto", True, "nixl,tcp"), ("auto", False, "tcp"), ("cpu", True, "tcp")],
+)
+def test_nixl_is_for_cuda_unless_the_file_says_so(
+    device: str, has_cuda: bool, backends: str
+) -> None:
+    pod = planned(device, has_cuda=has_cuda)[1]
+    assert flag(pod, "--transfer-backends") == backends
