@@ -49,6 +49,7 @@ class NixlAgent:
         self.given_up = False
         self.metadata = b""
         """What the other side's `source` needs."""
+        self._serves = role == "giver"
         self._name = f"{role}-{secrets.token_hex(8)}"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tasuki-nixl")
         self._agent: Any = None
@@ -130,7 +131,9 @@ class NixlAgent:
 
         _quieten(logging.getLogger("nixl"))
         config = nixl_agent_config(
-            backends=["UCX"], sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+            backends=["UCX"],
+            enable_prog_thread=self._serves,  # it polls; a reader makes progress as it asks
+            sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
         )
         self._agent = nixl_agent(self._name, config)
         for name, region in self.regions.items():
