@@ -27,7 +27,7 @@ class StateSpec:
     num_layers: int
     conv_dim: int
     conv_kernel: int
-    """The window keeps conv_kernel - 1 columns."""
+    """The window keeps the inputs of conv_kernel - 1 tokens."""
     num_heads: int
     head_dim: int
     state_size: int
@@ -50,7 +50,7 @@ class Caches:
     """Tensors of the pools, as kernels see them (views; strides are the pools').
 
     full, window: [blocks, layers, 2, kv_heads, block_size, head_dim], kv_dtype; 0 is K, 1 is V.
-    conv: [slots, layers, conv_dim, conv_kernel - 1], oldest column first.
+    conv: [slots, layers, conv_kernel - 1, conv_dim], oldest token first.
     ssm: [slots, layers, heads, head_dim, state_size].
     One block, and one slot (conv and ssm of all layers), is one contiguous span of bytes.
     """

@@ -23,7 +23,7 @@ def block_bytes(spec: AttentionSpec, block_size: int, dtype: torch.dtype) -> int
 
 
 def _conv_shape(spec: StateSpec) -> tuple[int, int, int]:
-    return spec.num_layers, spec.conv_dim, spec.conv_kernel - 1
+    return spec.num_layers, spec.conv_kernel - 1, spec.conv_dim
 
 
 def _ssm_shape(spec: StateSpec) -> tuple[int, int, int, int]:

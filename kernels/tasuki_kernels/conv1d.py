@@ -1,7 +1,7 @@
 """Causal depthwise convolution with SiLU: ragged chunks (prefill) and one token each (decode).
 
 The state of a sequence is the window of its last `kernel - 1` inputs, oldest first, kept by slot in
-`states` [slots, channels, kernel - 1] (any stride between slots). A sequence that starts must find
+`states` [slots, kernel - 1, channels] (any stride between slots). A sequence that starts must find
 zeros in its slot.
 """
 
@@ -73,24 +73,23 @@ def causal_conv1d(
 ) -> torch.Tensor:
     """silu(convolution) of ragged sequences; writes the windows after them, and at checkpoints.
 
-    x: [tokens, channels], any row stride; states: [slots, channels, kernel - 1]; weight: [channels,
-    kernel], the last column meets the newest token; bias: [channels] or None.
+    x: [tokens, channels], any row stride; states: [slots, kernel - 1, channels]; weight: [kernel,
+    channels], the last row meets the newest token; bias: [channels] or None.
     Returns [tokens, channels], contiguous.
     """
-    channels, kernel = weight.shape
+    kernel, channels = weight.shape
     width = kernel - 1
     padded = x.new_empty(x.shape[0] + len(plan.window_rows), channels)
-    windows = states.index_select(0, plan.slots).transpose(1, 2).to(x.dtype)
-    padded.index_copy_(0, plan.window_rows, windows.reshape(-1, channels))
+    windows = states.index_select(0, plan.slots).to(x.dtype)
+    padded.index_copy_(0, plan.window_rows, windows.view(-1, channels))
     padded.index_copy_(0, plan.token_rows, x)
     exports = padded.index_select(0, plan.export_rows).view(-1, width, channels)
-    states[plan.export_slots] = exports.transpose(1, 2).to(states.dtype)
+    states[plan.export_slots] = exports.to(states.dtype)
 
-    taps = weight.t().contiguous()
     length = padded.shape[0] - width
-    out = padded[width:] * taps[width]
+    out = padded[width:] * weight[width]
     for tap in range(width):
-        out.addcmul_(padded[tap : tap + length], taps[tap])
+        out.addcmul_(padded[tap : tap + length], weight[tap])
     if bias is not None:
         out.add_(bias)
     return F.silu(out.index_select(0, plan.token_rows - width), inplace=True)
@@ -107,9 +106,9 @@ def causal_conv1d_update(
 
     x: [seqs, channels], any row stride; the rest as in `causal_conv1d`.
     """
-    window = torch.cat((states.index_select(0, slots).to(x.dtype), x[:, :, None]), dim=-1)
-    states[slots] = window[:, :, 1:].to(states.dtype)
-    out = (window * weight).sum(-1)
+    window = torch.cat((states.index_select(0, slots).to(x.dtype), x[:, None]), dim=1)
+    states[slots] = window[:, 1:].to(states.dtype)
+    out = window.mul_(weight).sum(1)
     if bias is not None:
         out.add_(bias)
     return F.silu(out, inplace=True)

@@ -158,13 +158,20 @@ def selective_state_update(
     seqs, heads, head_dim = x.shape
     groups, size = B.shape[1:]
     x, B, C = x.float(), B.float(), C.float()
-    decays = (dt * A).exp_().view(seqs, groups, -1, 1, 1)
-    inputs = (x * dt[:, :, None]).view(seqs, groups, -1, head_dim, 1)
-    y = x.new_empty(seqs, groups, heads // groups * head_dim, 1)
-    for seq, slot in enumerate(slots):
-        state = states[slot].view(groups, -1, head_dim, size)
-        state.mul_(decays[seq]).addcmul_(inputs[seq], B[seq, :, None, None, :])
-        torch.bmm(state.view(groups, -1, size).to(y.dtype), C[seq, :, :, None], out=y[seq])
+    rows = heads // groups * head_dim  # of one group's part of a state
+    y = x.new_empty(seqs, groups, rows, 1)
+    decays = (dt * A).exp_()[:, :, None].expand(-1, -1, head_dim).reshape(y.shape)
+    inputs = (x * dt[:, :, None]).view(y.shape)
+    parts = (decays, inputs, B[:, :, None], C[:, :, :, None], y)
+    by_slot = states.view(-1, groups, rows, size)
+    sequences = zip(slots, *(part.unbind(0) for part in parts), strict=True)
+    for slot, decay, added, into, out_of, result in sequences:
+        stored = by_slot[slot]
+        state = stored.float()
+        state.mul_(decay).addcmul_(added, into)
+        torch.bmm(state, out_of, out=result)
+        if state is not stored:
+            stored.copy_(state)
     return y.view(seqs, heads, head_dim).addcmul_(x, D[:, None])
 
 

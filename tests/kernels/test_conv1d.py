@@ -14,14 +14,15 @@ SLOTS = 20
 
 def reference(x, window, weight, bias):
     """silu(convolution) [t, channels] and the window after every token, float64."""
-    history = window.double().t()
+    history = window.double()
     outputs, windows = [], []
     for token in x.double():
         history = torch.cat((history, token[None]))
-        taps = history[-weight.shape[1] :].t()
-        value = (taps * weight.double()).sum(1) + (0.0 if bias is None else bias.double())
+        value = (history[-len(weight) :] * weight.double()).sum(0) + (
+            0.0 if bias is None else bias.double()
+        )
         outputs.append(value * torch.sigmoid(value))
-        windows.append(history[-(weight.shape[1] - 1) :].t())
+        windows.append(history[1 - len(weight) :])
     return torch.stack(outputs), windows
 
 
@@ -37,12 +38,12 @@ def test_ragged_prefills_equal_the_loop_and_leave_its_windows(kernel, with_bias)
     torch.manual_seed(seed)
     channels = 10
     lens = [1, 2, 3, 40, draw.randrange(1, 100)]
-    states = pools.nan_pool(SLOTS, channels, kernel - 1, gap=draw.randrange(5))
+    states = pools.nan_pool(SLOTS, kernel - 1, channels, gap=draw.randrange(5))
     free = draw.sample(range(SLOTS), SLOTS)
     slots = [free.pop() for _ in lens]
-    starts = torch.randn(len(lens), channels, kernel - 1)
+    starts = torch.randn(len(lens), kernel - 1, channels)
     states[slots] = starts
-    weight = torch.randn(channels, kernel)
+    weight = torch.randn(kernel, channels)
     bias = torch.randn(channels) if with_bias else None
     checkpoints = [(3, tokens, free.pop()) for tokens in (1, 2, 16, 39)]
     x = torch.randn(sum(lens), channels + 6)[:, 2:-4]
@@ -66,11 +67,11 @@ def test_decodes_equal_the_loop_and_touch_only_their_slots(with_bias):
     draw = random.Random(seed)
     torch.manual_seed(seed)
     seqs, channels, kernel = 5, 10, 4
-    states = pools.nan_pool(SLOTS, channels, kernel - 1, gap=3)
+    states = pools.nan_pool(SLOTS, kernel - 1, channels, gap=3)
     slots = draw.sample(range(SLOTS), seqs)
-    starts = torch.randn(seqs, channels, kernel - 1)
+    starts = torch.randn(seqs, kernel - 1, channels)
     states[slots] = starts
-    weight = torch.randn(channels, kernel)
+    weight = torch.randn(kernel, channels)
     bias = torch.randn(channels) if with_bias else None
     x = torch.randn(seqs, channels + 6)[:, 2:-4]
     y = conv1d.causal_conv1d_update(x, states, torch.tensor(slots), weight, bias)

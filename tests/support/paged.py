@@ -157,7 +157,7 @@ def _blocks(
 
 def _state(spec: StateSpec, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     ssm_shape = (count, spec.num_layers, spec.num_heads, spec.head_dim, spec.state_size)
-    conv_shape = (count, spec.num_layers, spec.conv_dim, spec.conv_kernel - 1)
+    conv_shape = (count, spec.num_layers, spec.conv_kernel - 1, spec.conv_dim)
     conv_bytes = torch.Size(conv_shape[1:]).numel() * spec.conv_dtype.itemsize
     conv_bytes += -conv_bytes % 16
     ssm_bytes = torch.Size(ssm_shape[1:]).numel() * spec.ssm_dtype.itemsize

@@ -61,7 +61,7 @@ class Mamba2:
         take = weights.take
         self.in_proj = Linear.load(weights, f"{prefix}.in_proj")
         self.out_proj = Linear.load(weights, f"{prefix}.out_proj")
-        self.conv_weight = take(f"{prefix}.conv1d.weight").squeeze(1).contiguous()
+        self.conv_weight = take(f"{prefix}.conv1d.weight").squeeze(1).t().contiguous()
         self.conv_bias = weights.take_optional(f"{prefix}.conv1d.bias")
         self.A = -torch.exp(take(f"{prefix}.A_log", torch.float32))
         self.D = take(f"{prefix}.D", torch.float32)

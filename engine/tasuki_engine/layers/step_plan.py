@@ -117,7 +117,7 @@ def _state_step(step: StepInput, caches: Caches) -> StateStep | None:
             for c in step.checkpoints
             if c.num_tokens < step.query_lens[c.seq]
         ]
-        kernel = caches.conv.shape[3] + 1
+        kernel = caches.conv.shape[2] + 1
         conv_plan = conv1d.plan(prefill_lens, prefill_slots, inner, kernel, slots.device)
         ssd_plan = ssd.plan(prefill_lens, prefill_slots, inner, slots.device)
     return StateStep(
