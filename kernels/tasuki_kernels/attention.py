@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """`count` sequences of `queries` tokens each, at query rows `start` onward.
+    """`count` sequences of `queries` tokens each, in the query rows `tokens`.
 
     gather: flat int64 [2 * count * kv_heads * blocks], rows of the cache at layer 0.
     bias: [count, 1, 1 or group * queries, keys], 0 where a key is seen, else minus infinity.
     """
 
-    start: int
+    tokens: slice | torch.Tensor
     count: int
     queries: int
     gather: torch.Tensor
@@ -51,18 +51,23 @@ def plan(
     cache: [blocks, layers, 2, kv_heads, block_size, head_dim], each block contiguous.
     block_table: [seqs, max_blocks]; entries past the context or behind the window are not read.
     query_lens, context_lens: per sequence; the queries are the last tokens of the context. The
-    first `num_decodes` sequences have one query each and are computed together.
+    first `num_decodes` sequences have one query each and are computed together, those of similar
+    context length at a time.
     window: keys a query sees, itself included; None: all. group: query heads per KV head.
     """
     parts = []
-    if num_decodes:
-        table, contexts = block_table[:num_decodes], context_lens[:num_decodes]
-        parts.append(_part(cache, table, 0, 1, contexts, window, group))
+    seen = [min(length, window or length) for length in context_lens[:num_decodes]]
+    for seqs in _by_length(seen):
+        everyone = len(seqs) == num_decodes
+        rows = slice(0, num_decodes) if everyone else torch.tensor(seqs, device=cache.device)
+        contexts = [context_lens[seq] for seq in seqs]
+        parts.append(_part(cache, block_table[rows], rows, 1, contexts, window, group))
     start = num_decodes
     for seq in range(num_decodes, len(query_lens)):
         table, contexts = block_table[seq : seq + 1], context_lens[seq : seq + 1]
-        parts.append(_part(cache, table, start, query_lens[seq], contexts, window, group))
-        start += query_lens[seq]
+        rows = slice(start, start + query_lens[seq])
+        parts.append(_part(cache, table, rows, query_lens[seq], contexts, window, group))
+        start = rows.stop
     return AttentionPlan(rows=_as_rows(cache), kv_heads=cache.shape[3], parts=parts)
 
 
@@ -82,22 +87,28 @@ def paged_attention(
         gathered = plan.rows.index_select(0, part.gather + layer * 2 * kv_heads)
         shape = (2, part.count, kv_heads, -1, head_dim)
         key, value = gathered.view(shape).to(query.dtype).unbind(0)
-        end = part.start + part.count * part.queries
         # The heads of a group become further queries of their one KV head.
-        folded = query[part.start : end].view(part.count, part.queries, kv_heads, group, head_dim)
+        folded = query[part.tokens].view(part.count, part.queries, kv_heads, group, head_dim)
         folded = folded.permute(0, 2, 3, 1, 4).reshape(part.count, kv_heads, -1, head_dim)
         result = F.scaled_dot_product_attention(folded, key, value, part.bias, scale=scale)
         result = result.view(part.count, kv_heads, group, part.queries, head_dim)
-        out[part.start : end].view(part.count, part.queries, kv_heads, group, head_dim).copy_(
-            result.permute(0, 3, 1, 2, 4)
-        )
+        out[part.tokens] = result.permute(0, 3, 1, 2, 4).reshape(-1, heads * head_dim)
     return out
+
+
+def _by_length(lengths: list[int]) -> list[list[int]]:
+    """Sequences grouped so that padding to a group's longest at most doubles its keys."""
+    groups: dict[int, list[int]] = {}
+    for seq, length in enumerate(lengths):
+        # Below 128 keys a call's fixed cost outweighs the padding.
+        groups.setdefault(max(length - 1, 127).bit_length(), []).append(seq)
+    return list(groups.values())
 
 
 def _part(
     cache: torch.Tensor,
     block_table: torch.Tensor,
-    start: int,
+    tokens: slice | torch.Tensor,
     queries: int,
     contexts: list[int],
     window: int | None,
@@ -127,7 +138,7 @@ def _part(
     if queries > 1:
         mask = mask.repeat(1, group, 1)
     bias = torch.zeros(mask.shape, dtype=cache.dtype, device=device).masked_fill_(~mask, -torch.inf)
-    return _Part(start, len(contexts), queries, gather.flatten(), bias[:, None])
+    return _Part(tokens, len(contexts), queries, gather.flatten(), bias[:, None])
 
 
 def _as_rows(cache: torch.Tensor) -> torch.Tensor:

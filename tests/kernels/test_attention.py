@@ -75,7 +75,7 @@ def test_ragged_batches_equal_dense_attention(window, heads, kv_heads, head_dim)
     seed = fresh_seed.fresh_seed()
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    contexts = [1, 2, 16, 17, draw.randrange(1, 120)]
+    contexts = [1, 2, 16, 17, draw.randrange(1, 120), 130, 300]
     query_lens = [1] * len(contexts)
     for length, before in [(2, 0), (16, 0), (17, 31), (40, draw.randrange(60)), (3, 64)]:
         query_lens.append(length)
