@@ -226,6 +226,7 @@ class EngineClient:
         """Waits for leases to end; returns how many are left after `seconds`."""
         answer = await self._ask("drain", Drain(seconds))
         assert isinstance(answer, Drained)
+        self.leases = answer.leases
         return answer.leases
 
     async def stop(self, seconds: float) -> None:
