@@ -10,8 +10,6 @@ import tiny_models
 from fresh_seed import fresh_seed
 from relays import Relay, running
 
-LONGEST = 240
-
 
 @pytest.fixture(scope="session")
 def seed() -> int:
@@ -34,6 +32,28 @@ def relay(folders: Path, model: Path) -> Iterator[Relay]:
     """One prefill pod, two decode pods; every prompt is handed over. Tests leave it whole."""
     with running(Relay(folders / "shared", model)) as relay:
         yield relay
+
+
+@pytest.fixture(scope="session")
+def mistreated_relay(folders: Path, model: Path) -> Iterator[Relay]:
+    with running(
+        Relay(
+            folders / "mistreated",
+            model,
+            engine={"num_blocks": 1600, "num_state_slots": 80},
+            prefill_engine={"max_num_batched_tokens": 16},
+            lease_seconds=2.0,
+            drain_seconds=2.0,
+        )
+    ) as relay:
+        yield relay
+
+
+@pytest.fixture
+def mistreated(mistreated_relay: Relay) -> Iterator[Relay]:
+    """A relay whose processes a test may kill: long prompts in small steps, short leases."""
+    yield mistreated_relay
+    mistreated_relay.heal()
 
 
 @pytest.fixture

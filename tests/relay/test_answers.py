@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from greedy import random_prompt
 from openai import AsyncOpenAI
 from relays import Relay, running
 from transformers import AutoTokenizer
@@ -23,9 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module", params=["granite_hybrid", "qwen3", "mistral"])
-def family_relay(
-    request: pytest.FixtureRequest, folders: Path, seed: int
-) -> Iterator[Relay]:
+def family_relay(request: pytest.FixtureRequest, folders: Path, seed: int) -> Iterator[Relay]:
     """A relay of a hybrid, of a dense model, of one with a sliding window."""
     if request.param == "granite_hybrid":
         yield request.getfixturevalue("relay")
@@ -62,7 +61,7 @@ async def test_completions_have_the_tokens_and_logprobs_of_transformers(
     family_relay: Relay, sdk: AsyncOpenAI, transport: str, rng: random.Random
 ) -> None:
     for length in (1, 17, 32, 33, rng.randrange(100, 400)):
-        prompt = [rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(length)]
+        prompt = random_prompt(rng, length)
         options = {
             "model": f"through-{transport}",
             "prompt": prompt,
@@ -101,7 +100,7 @@ async def test_prompts_were_computed_by_the_prefill_pod(family_relay: Relay) -> 
 async def test_chats_have_the_tokens_and_logprobs_of_transformers(
     family_relay: Relay, sdk: AsyncOpenAI, transport: str, rng: random.Random
 ) -> None:
-    words = "page state block name table relay prompt".split()
+    words = ["page", "state", "block", "name", "table", "relay", "prompt"]
     question = " ".join(rng.choice(words) for _ in range(rng.randrange(10, 60)))
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
     tokenizer = AutoTokenizer.from_pretrained(family_relay.model)

@@ -7,20 +7,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tiny_models
+from greedy import is_greedy, random_prompt
 from relays import Relay, Stream, complete, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-
-
-def random_prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(length)]
-
-
-def is_greedy(model: Path, prompt: list[int], tokens: list[int]) -> bool:
-    """Whether transformers would have chosen each of `tokens` after those before it."""
-    table = tiny_models.reference_logprobs(model, prompt + tokens)
-    return table[len(prompt) - 1 : -1].argmax(dim=-1).tolist() == tokens
 
 
 async def test_64_streams_at_once_are_each_what_they_are_alone(

@@ -5,7 +5,8 @@ import dataclasses
 import json
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -100,23 +101,30 @@ class Relay:
         for pod in self.pods:
             pod.wait_ready()
         self.gateway.wait_ready()
-        self.until_routed(len(self.pods))
+        self.until_routed()
         return self
 
     def new_gateway(self, *flags: str) -> GatewayProcess:
         """Another gateway of this relay, started now."""
-        return GatewayProcess(
-            *self._gateway_flags, *flags, port=free_port(), log=self.gateway_log
+        return GatewayProcess(*self._gateway_flags, *flags, port=free_port(), log=self.gateway_log)
+
+    def until_routed(self, seconds: float = 30.0) -> None:
+        """Until the gateway routes to all pods of the relay."""
+        until(
+            lambda: self.metric("tasuki_gateway_pods", model="tiny") == len(self.pods),
+            seconds,
+            "the gateway does not route to all pods",
         )
 
-    def until_routed(self, count: int, seconds: float = 20.0) -> None:
-        """Until the gateway routes to so many pods."""
-        until(lambda: self.joined() == count, seconds, "the gateway does not see all pods")
-
-    def joined(self) -> int:
-        """Pods that the gateway's log says are in its fleet."""
-        events = [entry["event"] for entry in log_lines(self.gateway_log)]
-        return events.count("pod_joined") - events.count("pod_left")
+    def heal(self) -> None:
+        """Starts again what was killed, on the same ports."""
+        if self.gateway.process.poll() is not None:
+            self.gateway = self.new_gateway()
+        for pod in self.pods:
+            if pod.process.poll() is not None:
+                pod.restart()
+        self.gateway.wait_ready()
+        self.until_routed()
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of those samples of a gateway's metric that have these labels."""
@@ -125,15 +133,6 @@ class Relay:
     def decode_metric(self, name: str, **labels: str) -> float:
         """The same over all decode pods."""
         return sum(pod.metric(name, **labels) for pod in self.decode)
-
-    def busiest(self) -> PodProcess:
-        """The decode pod in which most requests run now; waits until there is one."""
-
-        def running(pod: PodProcess) -> float:
-            return pod.metric("tasuki_requests_running")
-
-        until(lambda: any(map(running, self.decode)), 5.0, "no decode pod is busy")
-        return max(self.decode, key=running)
 
     def until_idle(self, seconds: float = 30.0) -> None:
         """Until no pod holds anything for anybody; AssertionError names what is left."""
@@ -180,24 +179,27 @@ class Relay:
 
     def stop(self) -> None:
         """Ends all; an engine whose books do not balance in the end is an error."""
-        problems: list[str] = []
         stopping = [("gateway", self.gateway.process, self.gateway.stop)] if self.started else []
-        stopping += [
-            (str(pod.flags["pod_name"]), pod.process, pod.stop) for pod in reversed(self.pods)
-        ]
-        for name, process, stop in stopping:
-            if process.poll() is not None:
-                continue
-            try:
-                if status := stop():
-                    problems.append(f"{name} left with {status}")
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                process.kill()
-                problems.append(f"{name}: {error}")
+        problems = [_stop(*one) for one in stopping]
+        with futures.ThreadPoolExecutor() as executor:
+            pods = [(str(pod.flags["pod_name"]), pod.process, pod.stop) for pod in self.pods]
+            problems += executor.map(lambda pod: _stop(*pod), pods)
         if self.redis is not None:
             self.redis.stop()
         problems += [pod.log.read_text()[-4000:] for pod in self.pods if pod.lines("engine_failed")]
-        assert not problems, "\n".join(problems)
+        assert not any(problems), "\n".join(problems)
+
+
+def _stop(name: str, process: "subprocess.Popen[bytes]", stop: Callable[[], int]) -> str:
+    """Stops one process that may have ended already; what was wrong with its end."""
+    if process.poll() is not None:
+        return ""
+    try:
+        status = stop()
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        process.kill()
+        return f"{name}: {error}"
+    return f"{name} left with {status}" if status else ""
 
 
 @contextlib.contextmanager
@@ -265,10 +267,15 @@ def body(prompt: list[int] | str, **options: Any) -> dict[str, Any]:
 
 
 async def events(
-    client: httpx.AsyncClient, relay: Relay, request: dict[str, Any], stream: Stream
+    client: httpx.AsyncClient,
+    relay: Relay,
+    request: dict[str, Any],
+    stream: Stream,
+    headers: dict[str, str] | None = None,
 ) -> AsyncIterator[Stream]:
     """Sends a completion; yields `stream` after each event of the answer."""
-    async with client.stream("POST", f"{relay.url}/v1/completions", json=request) as response:
+    url = f"{relay.url}/v1/completions"
+    async with client.stream("POST", url, json=request, headers=headers) as response:
         stream.status = response.status_code
         if stream.status != 200:
             stream.error = json.loads(await response.aread())["error"]
@@ -289,7 +296,7 @@ async def complete(
     return stream
 
 
-def until(condition: Any, seconds: float, otherwise: str) -> None:
+def until(condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
     """Waits for a condition; AssertionError(`otherwise`) when it does not come."""
     deadline = time.monotonic() + seconds
     while not condition():
