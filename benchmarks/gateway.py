@@ -140,7 +140,7 @@ def workers(*arguments: str, prefill: int = 0) -> Iterator[list[fake_pods.Proces
     """Two fast decode workers, and `prefill` prefill pods."""
     roles = ["decode", "decode", *["prefill"] * prefill]
     started = [
-        fake_pods.Process(role, f"{role}-{i}", "--yields", "--no-record", *arguments)
+        fake_pods.Process(role, f"{role}-{i}", "--pause", "0.004", "--no-record", *arguments)
         for i, role in enumerate(roles)
     ]
     try:
@@ -176,7 +176,7 @@ def measure_other(name: str, command: list[str], count: int, folder: Path) -> Co
         with (folder / "other.log").open("wb") as log:
             process = subprocess.Popen([*command, *arguments], stdout=log, stderr=log)
         try:
-            _wait_for(port, process)
+            _wait_for(port, process, folder / "other.log")
             return measure(name, process.pid, port, count)
         finally:
             process.terminate()
@@ -187,7 +187,7 @@ def _urls(pods: list[fake_pods.Process], separator: str) -> str:
     return separator.join(pod.url for pod in pods)
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 60
     probe = bodies(1, stream=False, max_tokens=1)
     while time.monotonic() < deadline and process.poll() is None:
@@ -196,7 +196,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
             return
         except (OSError, SystemExit, asyncio.IncompleteReadError):
             time.sleep(0.3)
-    raise SystemExit("a router did not come up")
+    raise SystemExit(f"a router did not come up: {log.read_text()[-2000:]}")
 
 
 def main() -> None:
@@ -222,7 +222,8 @@ def main() -> None:
         for label, path in (("sglang", options.sglang_router), ("vllm", options.vllm_router)):
             for policy in ("cache_aware", "round_robin"):
                 if path:
-                    command = [path, "--policy", policy]
+                    verb = ["launch"] if label == "sglang" else []
+                    command = [path, *verb, "--policy", policy]
                     title = f"{label}-router, {policy}"
                     costs.append(measure_other(title, command, options.requests, folder))
     row = "{:<28}{:>14}{:>18}{:>12}{:>10}\n"

@@ -7,6 +7,7 @@ import msgspec
 from tasuki_common.chat import ChatTemplate
 from tasuki_common.messages import ModelCard
 from tasuki_common.tokenizer import Tokenizer
+from tasuki_gateway import word_cache
 
 
 class ModelText:
@@ -17,12 +18,16 @@ class ModelText:
         self.template = ChatTemplate.from_files(card.files, self.tokenizer.special_tokens)
         self.card = msgspec.structs.replace(card, files={})
         self._inline_characters = inline_characters
+        cached = word_cache.applies(card.files.get("tokenizer.json", b""))
+        self._words = word_cache.WordCache(self.tokenizer) if cached else None
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids; a long text goes to a thread, so that others' streams go on meanwhile."""
-        if len(text) <= self._inline_characters:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        if len(text) > self._inline_characters:
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        if self._words is not None and not add_special_tokens:
+            return self._words.encode(text)
+        return self.tokenizer.encode(text, add_special_tokens)
 
 
 async def load(packed: bytes, *, inline_characters: int) -> ModelText:

@@ -246,8 +246,8 @@ class FakePod:
                     raise _Cut
                 await _part(send, frame)
                 sent += len(frame)
-                if fault.delay or self.options.yields:
-                    await asyncio.sleep(fault.delay)
+                if pause := fault.delay or self.options.pause:
+                    await asyncio.sleep(pause)
                 if gone.done():
                     self.seen.append({"gone": asked.request_id})
                     return
@@ -327,7 +327,7 @@ class FakePod:
         )
         for _ in range(count):
             await _part(send, event)
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.options.pause)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
@@ -515,7 +515,7 @@ def main() -> None:
     parser.add_argument("--fingerprint", default="f1")
     parser.add_argument("--redis-url", default="")
     parser.add_argument("--tokenizer", default="", help="A tokenizer.json of another size.")
-    parser.add_argument("--yields", action="store_true", help="One write a token.")
+    parser.add_argument("--pause", type=float, default=0.0, help="Seconds between tokens.")
     parser.add_argument("--no-record", dest="record", action="store_false")
     asyncio.run(serve(parser.parse_args()))
 
