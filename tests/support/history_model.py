@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 
-from tasuki_engine.step import AttentionInput, AttentionSpec, Caches, CacheSpec, StateSpec, StepInput
+from tasuki_engine.step import (
+    AttentionInput,
+    AttentionSpec,
+    Caches,
+    CacheSpec,
+    StateSpec,
+    StepInput,
+)
 
 VOCAB_SIZE = 211
 _PRIME = 65521
@@ -25,7 +32,12 @@ class HistoryModel:
     """Any mix of full attention, a sliding window and a recurrent state."""
 
     def __init__(
-        self, *, full: bool = True, window: int | None = None, state: bool = True, max_len: int = 512
+        self,
+        *,
+        full: bool = True,
+        window: int | None = None,
+        state: bool = True,
+        max_len: int = 512,
     ) -> None:
         attention = AttentionSpec(num_layers=1, num_kv_heads=1, head_dim=1)
         self.cache_spec = CacheSpec(
@@ -107,13 +119,12 @@ class HistoryModel:
                 end = context - length + i + 1
                 begin = 0 if seen is None else max(0, end - seen)
                 read = [
-                    int(keys[table[seq][p // block_size], p % block_size]) for p in range(begin, end)
+                    int(keys[table[seq][p // block_size], p % block_size])
+                    for p in range(begin, end)
                 ]
                 totals[starts[seq] + i] += factor * _hash(read)
 
-    def _recur(
-        self, step: StepInput, caches: Caches, starts: list[int], totals: list[int]
-    ) -> None:
+    def _recur(self, step: StepInput, caches: Caches, starts: list[int], totals: list[int]) -> None:
         assert step.state_slots is not None
         assert caches.conv is not None
         assert caches.ssm is not None
