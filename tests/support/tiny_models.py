@@ -68,7 +68,7 @@ _GRANITE = {
     "embedding_multiplier": 0.5,
     "attention_multiplier": 0.3,
     "residual_multiplier": 0.7,
-    "logits_scaling": 1.3,
+    "logits_scaling": 2.5,
     "rms_norm_eps": 1e-5,
 }
 _LLAMA3_ROPE = {

@@ -69,8 +69,9 @@ def _yarn(dim: int, fields: dict[str, Any], max_len: int) -> tuple[torch.Tensor,
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
-    interpolated = ramp.clamp(0.0, 1.0)
-    scaled = frequencies * (interpolated / factor + (1.0 - interpolated))
+    kept = 1.0 - ramp.clamp(0.0, 1.0)
+    # In this order the rounding is transformers': far positions multiply the last bit.
+    scaled = frequencies / factor * (1.0 - kept) + frequencies * kept
     return scaled, _yarn_attention_factor(fields, factor)
 
 
