@@ -123,6 +123,7 @@ class Gateway:
         return Response(body, media_type="application/json")
 
     async def _metrics(self, request: Request) -> Response:
+        metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
 

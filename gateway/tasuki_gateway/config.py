@@ -37,6 +37,6 @@ class GatewayConfig:
         30.0, "Seconds that streams get to finish after SIGTERM; then they end with an error."
     )
     inline_characters: int = _setting(
-        32_768, "Prompts longer than this are tokenized in a thread; shorter ones at once."
+        16_384, "Prompts longer than this are tokenized in a thread; shorter ones at once."
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least level.")

@@ -235,6 +235,9 @@ class Fleet:
 
     async def _load_texts(self) -> None:
         """Fetches the card of each fingerprint not seen before, from one of its pods."""
+        alive = {pod.member.fingerprint for pod in self._pods.values()}
+        alive |= set(self._serving.values())
+        self._texts = {name: text for name, text in self._texts.items() if name in alive}
         for pod in list(self._pods.values()):
             member = pod.member
             if member.fingerprint in self._texts or pod.suspect:

@@ -72,4 +72,7 @@ index_errors = Counter(
     "Look-ups that the index did not answer.",
     registry=registry,
 )
+event_loop_tasks = Gauge(
+    "tasuki_gateway_event_loop_tasks", "Tasks of the event loop, now.", registry=registry
+)
 pods = Gauge("tasuki_gateway_pods", "Pods in routing.", ["model", "role"], registry=registry)

@@ -24,7 +24,7 @@ class ModelText:
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids; a long text goes to a thread, so that others' streams go on meanwhile."""
         if len(text) > self._inline_characters:
-            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+            return await asyncio.to_thread(self.tokenizer.encode_aside, text, add_special_tokens)
         if self._words is not None and not add_special_tokens:
             return self._words.encode(text)
         return self.tokenizer.encode(text, add_special_tokens)

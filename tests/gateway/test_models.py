@@ -1,0 +1,45 @@
+"""Text of a model: long prompts do not hold up the streams of others."""
+
+import asyncio
+import time
+
+import fake_pods
+import pytest
+
+from tasuki_common.messages import ModelCard
+from tasuki_gateway.models import ModelText
+
+TEXT = "the quick brown fox jumps über die Brücke 日本語; x=3\n" * 8000
+
+
+@pytest.fixture(scope="module")
+def text() -> ModelText:
+    """Of the fake pods' model."""
+    card = ModelCard(
+        model="fake",
+        fingerprint="f",
+        root="r",
+        max_model_len=99,
+        vocab_size=600,
+        created=1,
+        files={"tokenizer.json": fake_pods.tokenizer_json()},
+    )
+    return ModelText(card, inline_characters=1000)
+
+
+async def test_a_long_prompt_is_tokenized_while_others_go_on(text: ModelText) -> None:
+    worst, began = 0.0, time.monotonic()
+    task = asyncio.create_task(text.encode(TEXT, add_special_tokens=False))
+    while not task.done():
+        before = time.monotonic()
+        await asyncio.sleep(0.002)
+        worst = max(worst, time.monotonic() - before)
+    assert worst < 0.5 * (time.monotonic() - began)
+    assert task.result() == text.tokenizer.encode(TEXT, add_special_tokens=False)
+
+
+async def test_short_and_long_prompts_give_the_tokenizers_ids(text: ModelText) -> None:
+    for size in (1, 10, 999, 1000, 1001, 5000):
+        for special in (True, False):
+            expected = text.tokenizer.encode(TEXT[:size], special)
+            assert await text.encode(TEXT[:size], add_special_tokens=special) == expected
