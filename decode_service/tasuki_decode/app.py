@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import msgspec
 from starlette.requests import Request
@@ -23,6 +24,7 @@ from tasuki_pod.pod import Pod
 
 log = logs.get("tasuki.decode")
 
+_CANCELLED = "The request was cancelled."
 _HEADERS = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")]
 
 
@@ -41,7 +43,7 @@ class Generations:
     def __init__(self, pod: Pod) -> None:
         self._pod = pod
         self._decoder = msgspec.msgpack.Decoder(GenerateRequest)
-        self._running: dict[str, set[Generation]] = {}
+        self._running: dict[str, set[_Term]] = {}
         self._tokenizer: asyncio.Future[Tokenizer] | None = None
         if Path(pod.config.model).is_dir():  # read while the engine loads
             self._tokenizer = self._load(pod.config.model)
@@ -52,23 +54,32 @@ class Generations:
             request = await read_message(receive, self._decoder)
             _check(request)
             generation = Generation(self._pod, await self._tokenizer_of_model(), request)
-            same_id = self._running.setdefault(request.request_id, set())
-            same_id.add(generation)
             try:
-                await until_disconnect(receive, self._serve(generation, request.timeout, send))
+                with self._term(request) as term:
+                    await until_disconnect(receive, self._serve(generation, term, send))
             finally:
                 generation.close()
-                same_id.discard(generation)
-                if not same_id:
-                    self._running.pop(request.request_id, None)
 
     async def delete(self, request: Request) -> Response:
         """DELETE /requests/{id}: ends its streams."""
-        for generation in self._running.get(request.path_params["request_id"], ()):
-            generation.cancel()
+        for term in self._running.get(request.path_params["request_id"], ()):
+            term.cancel()
         return Response(status_code=204)
 
-    async def _serve(self, generation: Generation, seconds: float, send: Send) -> None:
+    @contextlib.contextmanager
+    def _term(self, request: GenerateRequest) -> Iterator["_Term"]:
+        """The request's term, to be found by DELETE while the block runs."""
+        term = _Term(request.timeout)
+        same_id = self._running.setdefault(request.request_id, set())
+        same_id.add(term)
+        try:
+            yield term
+        finally:
+            same_id.discard(term)
+            if not same_id:
+                self._running.pop(request.request_id, None)
+
+    async def _serve(self, generation: Generation, term: "_Term", send: Send) -> None:
         """Frames, and in the end an error as a status or, once frames are out, as a frame."""
         begun = False
 
@@ -76,7 +87,7 @@ class Generations:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         try:
-            async with _deadline(seconds):
+            async with term:
                 await generation.admit()
                 begun = True
                 start = {"type": "http.response.start", "status": 200, "headers": _HEADERS}
@@ -102,13 +113,43 @@ class Generations:
         return asyncio.ensure_future(asyncio.to_thread(Tokenizer.from_folder, folder))
 
 
-@contextlib.asynccontextmanager
-async def _deadline(seconds: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise DeadlineError("The request's deadline passed before it was done.") from error
+class _Term(contextlib.AbstractAsyncContextManager[None]):
+    """The time a request has; `cancel` ends it now.
+
+    Raises:
+        DeadlineError, RequestError: on leaving the block, when the time was over or cancelled.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._scope = asyncio.timeout(seconds)
+        self._entered = False
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Ends the block, wherever it waits."""
+        self._cancelled = True
+        if self._entered:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    async def __aenter__(self) -> None:
+        if self._cancelled:
+            raise RequestError(_CANCELLED)
+        await self._scope.__aenter__()
+        self._entered = True
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._entered = False
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError as over:
+            if self._cancelled:
+                raise RequestError(_CANCELLED) from over
+            raise DeadlineError("The request's deadline passed before it was done.") from over
 
 
 def _check(request: GenerateRequest) -> None:

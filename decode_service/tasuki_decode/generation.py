@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from tasuki_common import logs
-from tasuki_common.errors import DeadlineError, RequestError, TasukiError
+from tasuki_common.errors import DeadlineError, TasukiError
 from tasuki_common.frames import Kind, encode
 from tasuki_common.messages import GenerateRequest, ResumedChoice, Ticket, Usage
 from tasuki_common.text_stream import TextStream
@@ -71,10 +71,6 @@ class Generation:
             if not choice.finished
         }
         self._unheard = set(self._open)
-
-    def cancel(self) -> None:
-        """Ends it from outside; `stream` raises."""
-        self._mailbox.fail(RequestError(f"Request {self._request.request_id} was cancelled."))
 
     async def admit(self) -> None:
         """Takes over the prefix, if there is one, and puts the choices into the engine's queue.

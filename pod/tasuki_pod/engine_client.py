@@ -65,7 +65,9 @@ class Mailbox:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, output: TokenOutput) -> None:
-        """Adds one."""
+        """Adds one; ignored after `fail`."""
+        if self._error is not None:
+            return
         self._outputs.append(output)
         self._wake()
 

@@ -6,7 +6,7 @@ when Prometheus asks.
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -78,6 +78,12 @@ class Metrics:
         self._leases_ended = self._counter(
             "tasuki_leases_ended", "Prefixes kept for other pods, by how that ended.", "outcome"
         )
+        self.event_loop_tasks = Gauge(
+            "tasuki_event_loop_tasks",
+            "Tasks of the event loop, now.",
+            ["role"],
+            registry=self._registry,
+        ).labels(role)
         self._requests = self._counter("tasuki_requests", "Requests ended, by how.", "outcome")
 
     def watch(self, client: EngineClient) -> None:

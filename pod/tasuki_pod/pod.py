@@ -244,6 +244,7 @@ def common_routes(pod: Pod) -> list[BaseRoute]:
         return msgpack_response(await asyncio.to_thread(pod.card))
 
     async def metrics(_: Request) -> Response:
+        pod.metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         return Response(pod.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     handlers = {

@@ -16,6 +16,7 @@ from pods import (
     generate_request,
     post_and_leave,
     prefill,
+    stream,
     until_idle,
 )
 
@@ -208,6 +209,21 @@ async def test_a_deadline_ends_the_stream_with_an_error(
     assert answer.error is not None
     assert answer.error["kind"] is Kind.ERROR
     assert answer.error["type"] == "timeout_error"
+    await until_idle(decode_pod)
+
+
+async def test_delete_ends_a_stream_with_an_error(
+    client: httpx.AsyncClient, decode_pod: PodProcess, prompt: list[int]
+) -> None:
+    request = generate_request(prompt, max_tokens=1500)
+    answer = Answer()
+    async for frame in stream(client, decode_pod, request):
+        if not answer.frames:
+            deleted = await client.delete(f"{decode_pod.url}/requests/{request.request_id}")
+            assert deleted.status_code == 204
+        answer.add(frame)
+    assert answer.error is not None
+    assert answer.usage is None
     await until_idle(decode_pod)
 
 
