@@ -230,12 +230,20 @@ def routing_margin(folder: Path, token_ids: list[int]) -> float:
     out. Where it is near float32's noise (below 2e-5), two right answers differ: draw other tokens.
     """
     model = reference_model(folder)
-    top_k = model.config.num_experts_per_tok if "moe" in type(model).__name__.lower() else 0
-    if not top_k or not getattr(model.config, "num_local_experts", 0):
-        return float("inf")
-    output = model(torch.tensor([token_ids]), use_cache=False, output_router_logits=True)
-    best = [logits.topk(top_k + 1, dim=-1).values for logits in output.router_logits]
-    return min(float((b[..., -2] - b[..., -1]).min()) for b in best)
+    routers = [part for name, part in model.named_modules() if name.endswith(".router")]
+    top_k = model.config.num_experts_per_tok if routers else 0
+    margins = [math.inf]
+
+    def note(router: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        logits = inputs[0].reshape(-1, inputs[0].shape[-1]) @ router.weight.T
+        best = logits.topk(top_k + 1, dim=-1).values
+        margins.append(float((best[:, -2] - best[:, -1]).min()))
+
+    hooks = [router.register_forward_pre_hook(note) for router in routers]
+    model(torch.tensor([token_ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return min(margins)
 
 
 def reference_greedy(folder: Path, prompt: list[int], n: int) -> list[int]:

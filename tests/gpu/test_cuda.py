@@ -1,0 +1,74 @@
+"""The same engine on CUDA: float32 gives the CPU's tokens, bfloat16 stays within a stated bound."""
+
+import random
+
+import pytest
+import tiny_models
+import torch
+from fresh_seed import fresh_seed
+
+from tasuki_engine import LLM, SamplingParams
+from tasuki_engine.outputs import RequestOutput
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none"),
+]
+
+FLOAT32_BOUND = 1e-3  # other summation orders; transformers against our CPU path is held to 1e-4
+BFLOAT16_BOUND = 0.25  # eight bits of mantissa through logits that spread by several units
+
+
+def prompts(seed: int) -> list[dict[str, list[int]]]:
+    draw = random.Random(seed)
+    lengths = [1, 2, 17, 64, 255, 257, 500, 700]
+    return [
+        {"prompt_token_ids": [draw.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(length)]}
+        for length in lengths
+    ]
+
+
+def complete(folder: str, seed: int, **settings: object) -> list[RequestOutput]:
+    sampling = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=5)
+    llm = LLM(model=folder, max_num_batched_tokens=256, **settings)
+    first = llm.generate(prompts(seed), sampling, use_tqdm=False)
+    again = llm.generate(prompts(seed), sampling, use_tqdm=False)
+    assert again[-1].num_cached_tokens == (700 - 1) // 16 * 16
+    if settings["dtype"] == "float32":
+        assert [r.outputs[0].token_ids for r in again] == [r.outputs[0].token_ids for r in first]
+    llm.engine.check_integrity()
+    return first
+
+
+def sampled_logprobs(result: RequestOutput) -> list[float]:
+    output = result.outputs[0]
+    assert output.logprobs is not None
+    pairs = zip(output.token_ids, output.logprobs, strict=True)
+    return [table[token].logprob for token, table in pairs]
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_float32_on_cuda_gives_the_tokens_of_the_cpu(family, tmp_path):
+    seed = fresh_seed()
+    folder = str(tiny_models.make(family, tmp_path, seed))
+    on_cpu = complete(folder, seed, device="cpu", dtype="float32")
+    on_cuda = complete(folder, seed, device="cuda", dtype="float32", num_blocks=2000)
+    for cpu, cuda in zip(on_cpu, on_cuda, strict=True):
+        assert cuda.outputs[0].token_ids == cpu.outputs[0].token_ids
+        assert sampled_logprobs(cuda) == pytest.approx(sampled_logprobs(cpu), abs=FLOAT32_BOUND)
+
+
+# Between experts that stand at a tie, bfloat16 rightly chooses otherwise.
+@pytest.mark.parametrize("family", [f for f in tiny_models.FAMILIES if not f.endswith("moe")])
+def test_bfloat16_on_cuda_stays_within_its_bound(family, tmp_path):
+    seed = fresh_seed()
+    folder = str(tiny_models.make(family, tmp_path, seed))
+    on_cpu = complete(folder, seed, device="cpu", dtype="float32")
+    half = complete(folder, seed, device="cuda", dtype="bfloat16", num_blocks=2000)
+    first = [
+        abs(sampled_logprobs(cpu)[0] - sampled_logprobs(cuda)[0])
+        for cpu, cuda in zip(on_cpu, half, strict=True)
+        if cpu.outputs[0].token_ids[0] == cuda.outputs[0].token_ids[0]
+    ]
+    assert first
+    assert max(first) <= BFLOAT16_BOUND
