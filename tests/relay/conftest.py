@@ -43,7 +43,7 @@ def mistreated_relay(folders: Path, model: Path) -> Iterator[Relay]:
             engine={"num_blocks": 1600, "num_state_slots": 80},
             prefill_engine={"max_num_batched_tokens": 16},
             lease_seconds=2.0,
-            drain_seconds=2.0,
+            drain_seconds=1.0,
         )
     ) as relay:
         yield relay

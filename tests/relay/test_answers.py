@@ -1,4 +1,4 @@
-"""What an OpenAI client gets through gateway, prefill and decode pods is what transformers computes.
+"""An OpenAI client gets through gateway, prefill and decode pods what transformers computes.
 
 Left to the engine's tests: all families, chunk sizes, preemption; to the gateway's: the shapes of
 all fields and errors.

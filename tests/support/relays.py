@@ -169,13 +169,16 @@ class Relay:
             found[f"{name} engine"] = psutil.Process(pod.engine_pid())
         return found
 
-    def descriptors(self) -> dict[str, int]:
-        """Open file descriptors and threads of each process."""
-        return {
-            f"{name} {kind}": count
-            for name, process in self.processes().items()
-            for kind, count in (("fds", process.num_fds()), ("threads", process.num_threads()))
-        }
+    def resources(self) -> dict[str, int]:
+        """File descriptors and threads of each process, and tasks of each event loop."""
+        found = {}
+        for name, process in self.processes().items():
+            found[f"{name} descriptors"] = process.num_fds()
+            found[f"{name} threads"] = process.num_threads()
+        found["gateway tasks"] = int(self.metric("tasuki_gateway_event_loop_tasks"))
+        for pod in self.pods:
+            found[f"{pod.flags['pod_name']} tasks"] = int(pod.metric("tasuki_event_loop_tasks"))
+        return found
 
     def stop(self) -> None:
         """Ends all; an engine whose books do not balance in the end is an error."""
