@@ -47,6 +47,8 @@ class Endpoint:
 
         try:
             await self._handler(scope, receive, watched)
+        except ConnectionResetError as error:  # nobody is left to be answered
+            log.debug("caller_left", path=scope["path"], reason=str(error))
         except TasukiError as error:
             if begun:
                 raise

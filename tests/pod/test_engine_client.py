@@ -1,0 +1,49 @@
+"""The pieces between the engine's socket and a request: cutting reports, collecting outputs."""
+
+import asyncio
+import itertools
+
+import pytest
+from hypothesis import given, strategies as st
+
+from tasuki_engine.request import TokenOutput
+from tasuki_pod.engine_client import EngineLostError, Mailbox, _Receiver
+from tasuki_pod.wire import Admitted, Report, Stepped, pack
+
+OUTPUTS = st.builds(
+    TokenOutput, request_id=st.text(max_size=5), token_ids=st.lists(st.integers(0, 99), max_size=9)
+)
+REPORTS = st.lists(
+    st.one_of(
+        st.builds(Admitted, st.text(max_size=20)),
+        st.builds(Stepped, outputs=st.lists(OUTPUTS, max_size=5)),
+    ),
+    max_size=8,
+)
+
+
+@given(reports=REPORTS, cuts=st.lists(st.integers(0, 500)))
+def test_reports_are_the_same_however_the_bytes_are_cut(
+    reports: list[Report], cuts: list[int]
+) -> None:
+    received: list[Report] = []
+    receiver = _Receiver(received.append, lambda reason: None)
+    data = b"".join(map(pack, reports))
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    for start, end in itertools.pairwise(edges):
+        receiver.data_received(data[start:end])
+    assert received == reports
+
+
+async def test_a_mailbox_gives_what_came_before_the_loss_and_then_the_loss() -> None:
+    mailbox = Mailbox()
+    first, second, late = (TokenOutput(request_id="r", token_ids=[i]) for i in range(3))
+    taking = asyncio.ensure_future(mailbox.take())
+    await asyncio.sleep(0)
+    mailbox.put(first)
+    mailbox.put(second)
+    mailbox.fail(EngineLostError("The engine process is gone."))
+    mailbox.put(late)
+    assert await taking == [first, second]
+    with pytest.raises(EngineLostError):
+        await mailbox.take()
