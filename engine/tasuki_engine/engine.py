@@ -207,9 +207,8 @@ class Engine:
             self._counters.step_seconds += time.perf_counter() - started
         self._report_hand_overs()
         self._end_failed()
-        self.stalled = self._scheduler.blocked is not None and self._unblock(
-            self._scheduler.blocked
-        )
+        idle = not parts and not self._result.outputs and not self._result.hand_overs
+        self.stalled = idle and self.has_work() and not self._unblock()
         result, self._result = self._result, StepResult()
         return result
 
@@ -407,16 +406,16 @@ class Engine:
         generation = self._cache.pools()[pool].generation
         return [Span(pool, units[i], i, generation[units[i]]) for i in range(start, end)]
 
-    def _unblock(self, head: Sequence) -> bool:
-        """Nothing runs and `head` finds no room: unpins an import; True if only waiting helps."""
-        if self._imports.give_up_one(but=head.request.prefix_id):
-            return False
-        if any(pool.used for pool in self._cache.pools().values()):
+    def _unblock(self) -> bool:
+        """Nothing moved: unpins an import, or ends what can never fit; False: leases must end."""
+        head = self._scheduler.blocked
+        if self._imports.give_up_one(but=None if head is None else head.request.prefix_id):
             return True
-        self._end(
-            head, "error", f"It needs more KV blocks than there are for {head.target} tokens."
-        )
-        return False
+        if head is None or any(pool.used for pool in self._cache.pools().values()):
+            return False
+        message = f"Its {head.target} tokens need more KV blocks or state slots than there are."
+        self._end(head, "error", message)
+        return True
 
     # Admission
 

@@ -32,7 +32,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     hand_over: bool = False
     """Compute all full blocks of `prompt_token_ids[:-1]`, keep them pinned, sample nothing."""
     prefix_id: str | None = None
-    """Of a committed import (`Engine.commit`): start from it; the pin is dropped once admitted."""
+    """Of a committed import (`Engine.commit`): start from it. It stays pinned until `cancel`."""
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -70,7 +70,7 @@ class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class HandOver(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Progress of a `hand_over` request: spans that are final now and stay pinned until released."""
+    """Progress of a `hand_over` request: spans that are final now, pinned until released."""
 
     request_id: str
     spans: list[Span] = []
@@ -130,8 +130,8 @@ class StepResult(msgspec.Struct, kw_only=True):
 class Reservation(msgspec.Struct, frozen=True, kw_only=True):
     """Room on the taking side for a prefix: which spans are missing, and where they go.
 
-    `wanted` maps (pool, ordinal) of the giver's spans to indices in the taker's regions; blocks that
-    the taker's own cache holds are not in it.
+    `wanted` maps (pool, ordinal) of the giver's spans to indices in the taker's regions; blocks
+    that the taker's own cache holds are not in it.
     """
 
     prefix_id: str

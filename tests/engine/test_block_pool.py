@@ -78,7 +78,7 @@ class PoolMachine(RuleBasedStateMachine):
     def balances(self) -> None:
         self.pool.check(Counter(self.held))
         assert self.findable == set(self.names)
-        for name in map(lambda i: bytes([i]), range(10)):
+        for name in (bytes([i]) for i in range(10)):
             assert self.pool.find(name) == self.names.get(name)
         assert self.pool.used == len(set(self.held))
         assert self.pool.used + self.pool.available == self.pool.total == UNITS - 1

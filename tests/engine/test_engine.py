@@ -132,7 +132,7 @@ def test_the_hit_counter_moves_exactly_as_the_arithmetic_says(
 
 
 def test_a_branch_point_gets_a_checkpoint_once_it_is_seen(rng: random.Random) -> None:
-    engine, history = _engine()
+    engine, _ = _engine()
     shared = _prompt(rng, 109)  # blocks reach to 104, regular checkpoints to 96
     prompts = [shared + _prompt(rng, 30) for _ in range(3)]
     cached = [
@@ -371,6 +371,51 @@ def test_sizes_that_cannot_work_are_refused_at_start() -> None:
     assert engine.max_model_len == 72
 
 
+class _Storm:
+    """Requests of all kinds that come and are aborted at random moments."""
+
+    def __init__(self, engine: Engine, rng: random.Random) -> None:
+        self.merged: dict[str, TokenOutput] = {}
+        self.aborted = 0
+        self._engine, self._rng = engine, rng
+        self._prompts = _family(rng, 40, 150)
+        self._alive: list[str] = []
+        self._reserved: list[str] = []
+        self._started = 0
+
+    def go_on(self) -> None:
+        for _ in range(self._rng.randrange(8)):
+            self._start(self._rng.choice(self._prompts))
+        if self._rng.random() < 0.8:
+            self._step()
+        if self._reserved and self._rng.random() < 0.5:
+            self._engine.cancel(self._reserved.pop())
+        for _ in range(min(len(self._alive), self._rng.randrange(8))):
+            self._engine.abort(self._alive.pop(self._rng.randrange(len(self._alive))))
+            self.aborted += 1
+
+    def end(self) -> None:
+        for name in self._alive:
+            self._engine.abort(name)
+        for name in self._reserved:
+            self._engine.cancel(name)
+        while self._engine.has_work():
+            self._step()
+
+    def _start(self, prompt: list[int]) -> None:
+        name, kind = str(self._started), self._rng.random()
+        self._started += 1
+        depth = len(prompt) // 8 * 8
+        if kind < 0.2 and self._engine.reserve(name, prompt, depth) is not None:
+            self._reserved.append(name)
+        self._engine.add_request(_request(name, prompt, hand_over=kind > 0.8))
+        self._alive.append(name)
+
+    def _step(self) -> None:
+        for output in self._engine.step().outputs:
+            merge(self.merged, output)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_thousand_aborts_at_random_moments_leave_no_unit_behind(
     model: str, rng: random.Random
@@ -378,49 +423,20 @@ def test_a_thousand_aborts_at_random_moments_leave_no_unit_behind(
     engine, history = _engine(
         model, num_blocks=60, num_window_blocks=40, num_state_slots=20, max_num_seqs=8
     )
-    prompts = _family(rng, 40, 150)
-    alive: dict[str, list[int]] = {}
-    reserved: list[str] = []
-    merged: dict[str, TokenOutput] = {}
-    started = aborted = 0
-    while aborted < 1000:
-        for _ in range(rng.randrange(8)):
-            prompt = rng.choice(prompts)
-            name, kind = str(started), rng.random()
-            started += 1
-            if kind < 0.2 and engine.reserve(name, prompt, len(prompt) // 8 * 8) is not None:
-                reserved.append(name)
-            engine.add_request(_request(name, prompt, hand_over=kind > 0.8))
-            alive[name] = prompt
-        if rng.random() < 0.8:
-            result = engine.step()
-            for output in result.outputs:
-                merge(merged, output)
-        if reserved and rng.random() < 0.5:
-            engine.cancel(reserved.pop())
-        for name in rng.sample(sorted(alive), min(len(alive), rng.randrange(8))):
-            engine.abort(name)
-            del alive[name]
-            aborted += 1
+    storm = _Storm(engine, rng)
+    while storm.aborted < 1000:
+        storm.go_on()
         if rng.random() < 0.1:
             engine.check_integrity()
-    for name in alive:
-        engine.abort(name)
-    for name in reserved:
-        engine.cancel(name)
-    while engine.has_work():
-        for output in engine.step().outputs:
-            merge(merged, output)
+    storm.end()
     engine.check_integrity()
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.waiting_tokens) == (0, 0, 0)
     assert (stats.blocks_used, stats.window_blocks_used, stats.slots_used) == (0, 0, 0)
-    for name, output in merged.items():
-        assert output.finish_reason in ("abort", "length"), name
-    prompt = prompts[0]
-    assert run(engine, [_request("after", prompt)])["after"].token_ids == history.continuation(
-        prompt, 16
-    )
+    assert {output.finish_reason for output in storm.merged.values()} <= {"abort", "length"}
+    prompt = _prompt(rng, 100)
+    output = run(engine, [_request("after", prompt)])["after"]
+    assert output.token_ids == history.continuation(prompt, 16)
 
 
 # Hand-over
@@ -579,3 +595,40 @@ def test_engines_of_one_layout_have_one_fingerprint() -> None:
     assert _engine()[0].fingerprint == _engine(num_blocks=100)[0].fingerprint
     assert _engine()[0].fingerprint != _engine(block_size=16)[0].fingerprint
     assert _engine()[0].fingerprint != _engine("dense")[0].fingerprint
+
+
+def test_a_queue_behind_leases_stalls_without_work_and_goes_on_after_them(
+    rng: random.Random,
+) -> None:
+    giver, history = _engine(num_blocks=34)
+    compute_hand_over(giver, "leased", _prompt(rng, 200))
+    prompt = _prompt(rng, 100)
+    giver.add_request(_request("waits", prompt))
+    for _ in range(3):
+        result = giver.step()
+        assert (result.outputs, result.hand_overs) == ([], [])
+        assert giver.stalled
+    giver.release("leased")
+    assert run(giver)["waits"].token_ids == history.continuation(prompt, 16)
+    assert not giver.stalled
+
+
+def test_a_hand_over_that_cannot_grow_waits_for_the_window_blocks_of_leases(
+    rng: random.Random,
+) -> None:
+    giver, _ = _engine("windows", num_window_blocks=9, max_num_seqs=1)
+    prompts = [_prompt(rng, 200) for _ in range(3)]
+    for i in range(2):
+        compute_hand_over(giver, str(i), prompts[i])
+    giver.add_request(_request("2", prompts[2], hand_over=True))
+    for _ in range(200):
+        if giver.stalled:
+            break
+        giver.step()
+    giver.release("0")
+    giver.release("1")
+    reports = []
+    while giver.has_work():
+        reports += giver.step().hand_overs
+    assert reports[-1].complete
+    giver.check_integrity()

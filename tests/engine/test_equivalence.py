@@ -120,8 +120,8 @@ def test_a_preempted_batch_equals_transformers(folder: Path, seed: int) -> None:
 
 
 def test_a_hit_of_every_depth_equals_transformers(folder: Path, seed: int) -> None:
-    prompt = (_prompts(seed + 4, 1) + [[5] * 200])[0]
-    prompt = (prompt * (200 // len(prompt) + 1))[:200]
+    rng = random.Random(seed + 4)
+    prompt = [rng.randrange(3, 384) for _ in range(200)]
     tail = _prompts(seed + 5, 1, 30)[0]
     depths = set()
     for cut in range(0, 200, 16):
