@@ -98,7 +98,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite_hybrid_moe": (
         "granitemoehybrid",
-        {**_GRANITE, "num_local_experts": 6, "num_experts_per_tok": 2, "mamba_n_groups": 2},
+        {**_GRANITE, "num_local_experts": 6, "num_experts_per_tok": 2},
     ),
     "nemotron_h": (
         "nemotron_h",
