@@ -110,7 +110,9 @@ class Generations:
         return await asyncio.shield(self._tokenizer)
 
     def _load(self, folder: str) -> "asyncio.Future[Tokenizer]":
-        return asyncio.ensure_future(asyncio.to_thread(Tokenizer.from_folder, folder))
+        loading = asyncio.ensure_future(asyncio.to_thread(Tokenizer.from_folder, folder))
+        loading.add_done_callback(_note_failure)
+        return loading
 
 
 class _Term(contextlib.AbstractAsyncContextManager[None]):
@@ -150,6 +152,12 @@ class _Term(contextlib.AbstractAsyncContextManager[None]):
             if self._cancelled:
                 raise RequestError(_CANCELLED) from over
             raise DeadlineError("The request's deadline passed before it was done.") from over
+
+
+def _note_failure(loading: "asyncio.Future[Tokenizer]") -> None:
+    """Says at once what every request would be told."""
+    if not loading.cancelled() and (error := loading.exception()) is not None:
+        log.error("no_tokenizer", reason=str(error))
 
 
 def _check(request: GenerateRequest) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import msgspec
 
 from tasuki_common import logs
+from tasuki_common.errors import ConfigError
 from tasuki_engine.engine import Engine
 from tasuki_pod.engine_loop import EngineLoop
 from tasuki_pod.transfer_agent import TransferAgent
@@ -60,6 +61,10 @@ def main(file_descriptor: int) -> int:
         _serve(start, inbox, channel)
     except (BrokenPipeError, ConnectionResetError):
         return 0
+    except ConfigError as error:
+        log.error("cannot_start", pod=start.pod, reason=str(error))
+        _say_last(channel, Crashed(str(error)))
+        return 2
     except Exception as error:
         log.exception("engine_failed", pod=start.pod)
         _say_last(channel, Crashed("".join(traceback.format_exception_only(error)).strip()))

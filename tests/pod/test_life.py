@@ -175,6 +175,14 @@ async def test_a_pod_is_a_member_with_its_prefixes_until_it_leaves(
         server.stop()
 
 
+def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
+    pod = PodProcess("decode", tmp_path, tmp_path / "decode.log")
+    assert pod.process.wait(60) == 1
+    (line,) = pod.lines("engine_lost")
+    assert str(tmp_path) in line["reason"]
+    assert "Traceback" not in pod.log.read_text()
+
+
 def test_a_setting_that_cannot_work_is_one_line_and_status_2(model: Path, tmp_path: Path) -> None:
     for number, flags in enumerate(
         ({"engine": {"block_sise": 16}}, {"transfer_backends": "carrier-pigeon"})
