@@ -1,6 +1,6 @@
 """Names of KV blocks: a chained hash over a prompt's full blocks.
 
-A block's name is `H(parent name, its tokens)`; the first block's parent is a root made of everything
+A block's name is `H(parent name, its tokens)`; the first block's parent is a root made of all
 else that changes the numbers in a block: model revision and cache salt. Two blocks with one name
 hold the same numbers, wherever they lie. A *checkpoint* (recurrent state at a block boundary) bears
 the name of the block that ends there. Unchained hashes give false hits, so none are offered.

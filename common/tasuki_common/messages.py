@@ -93,8 +93,8 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """A claim on a prefix that a prefill pod computes and keeps under a lease.
 
-    Spans follow over the transfer connection as they are finished; the ticket only says where to ask
-    and what must match. A decode pod refuses it when the fingerprint differs from its own.
+    Spans follow over the transfer connection as they are finished; the ticket only says where to
+    ask and what must match. A decode pod refuses it when the fingerprint differs from its own.
     """
 
     request_id: str

@@ -43,7 +43,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     min_tokens: int = 0
     """Until so many tokens are out, eos and stop tokens are masked."""
     logprobs: int | None = None
-    """Top log-probabilities per output token, beside the sampled one's; 0: the sampled one's only."""
+    """Top log-probabilities per output token, beside the sampled one's; 0: only that one."""
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
     logit_bias: dict[int, float] | None = None

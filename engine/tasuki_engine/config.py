@@ -26,7 +26,7 @@ class EngineConfig:
     max_model_len: int | None = None
     """Tokens of prompt and output; None: what the model was made for, as far as memory goes."""
     max_num_seqs: int | None = None
-    """Requests in the running batch; None: 256 on CUDA, 32 on the CPU, less where state slots do not reach."""
+    """Requests in the running batch; None: 256 on CUDA, 32 on the CPU, or as state slots allow."""
     max_num_batched_tokens: int | None = None
     """Token budget of one step; None: 8192 on CUDA, 512 on the CPU."""
     block_size: int = 16

@@ -11,7 +11,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """Attention layers that share a block table: all full-attention layers, or all of one window."""
+    """Attention layers that share a block table: all that see everything, or all of one window."""
 
     num_layers: int
     num_kv_heads: int
@@ -37,7 +37,7 @@ class StateSpec:
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
-    """All that a model needs cached. `full`, `window`, `state` are None where it has no such layer."""
+    """All that a model needs cached; a part is None where the model has no such layer."""
 
     full: AttentionSpec | None
     window: AttentionSpec | None
