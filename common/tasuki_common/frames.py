@@ -5,8 +5,8 @@
     payload                      bytes for the client, passed through unread
 
 A `CHUNK` carries one or more complete SSE events ("data: {...}\\n\\n") or none, and the tokens
-whose text they complete; a `FINISH` is a `CHUNK` after which its choice is finished. `DONE` ends a whole
-stream and carries a JSON `Usage`; a body that ends without it was cut. `ERROR` carries a JSON
+whose text they complete; a `FINISH` is a `CHUNK` after which its choice is finished. `DONE` ends a
+whole stream and carries a JSON `Usage`; a body that ends without it was cut. `ERROR` carries a JSON
 `ErrorResponse` and ends the stream; whether another pod may continue is the kind's business:
 `RETRY` says the pod failed, `ERROR` that the request did.
 """
