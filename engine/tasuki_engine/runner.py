@@ -50,6 +50,7 @@ class Runner:
         )
         self._score_prompts([parts[i] for i in scored], logits[len(sampling) :])
         if not sampling:
+            self._wait_for_device()
             return []
         sequences = [parts[i].sequence for i in sampling]
         result = sampler.sample(logits[: len(sampling)], [seq.sampler_row for seq in sequences])
@@ -59,6 +60,15 @@ class Runner:
                 sequences, result.token_ids, result.logprobs, strict=True
             )
         ]
+
+    def _wait_for_device(self) -> None:
+        """Sampling reads its tokens; a step that samples nothing must be waited for as well.
+
+        What it wrote is offered to other pods from other streams, and what it freed is written by
+        them.
+        """
+        if self._model.device.type == "cuda":
+            torch.cuda.current_stream(self._model.device).synchronize()
 
     def _step_input(self, parts: list[Part], logits_rows: npt.NDArray[np.int64]) -> StepInput:
         sequences = [part.sequence for part in parts]

@@ -8,7 +8,10 @@ import torch
 from fresh_seed import fresh_seed
 
 from tasuki_engine import LLM, SamplingParams
+from tasuki_engine.config import EngineConfig
+from tasuki_engine.engine import Engine
 from tasuki_engine.outputs import RequestOutput
+from tasuki_engine.request import EngineRequest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,3 +75,13 @@ def test_bfloat16_on_cuda_stays_within_its_bound(family, tmp_path):
     ]
     assert first
     assert max(first) <= BFLOAT16_BOUND
+
+
+def test_what_a_step_offers_to_others_is_written(tmp_path):
+    folder = str(tiny_models.make("granite_hybrid", tmp_path, fresh_seed()))
+    engine = Engine(EngineConfig(model=folder, device="cuda", num_blocks=2000))
+    prompt = prompts(fresh_seed())[-1]["prompt_token_ids"]
+    engine.add_request(EngineRequest(request_id="p", prompt_token_ids=prompt, hand_over=True))
+    while engine.has_work():
+        assert not engine.step().outputs
+        assert torch.cuda.current_stream().query(), "kernels of the step still run"
