@@ -1,8 +1,8 @@
 """The HTTP process's side of the engine: asyncio, without torch.
 
 A `Mailbox` collects what the engine produces for one HTTP request, whatever the number of its
-samples. Every request ends exactly once: by an output with a finish reason, by `abort`, or by
-`EngineLostError` out of the mailbox.
+samples. Every request ends exactly once: by an output with a finish reason, by `abort`, by
+`EngineLostError` out of the mailbox, or, if its prefix was kept for another pod, by `PrefixEnded`.
 """
 
 import asyncio
@@ -294,6 +294,7 @@ class EngineClient:
         if step.cache_events:
             self._on_cache_events(step.cache_events)
         for ended in step.ended:
+            mailboxes.pop(ended.request_id, None)
             self._on_prefix_ended(ended)
 
     def _resolve(self, key: str, report: Report) -> None:
