@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from tasuki_common import logs
-from tasuki_common.errors import DeadlineError, RequestError, TasukiError
+from tasuki_common.errors import DeadlineError, OverloadedError, RequestError, TasukiError
 from tasuki_common.frames import CONTENT_TYPE, Kind, encode
 from tasuki_common.messages import GenerateRequest
 from tasuki_common.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class Generations:
         """POST /generate: GenerateRequest → frames; closing the connection cancels."""
         with self._pod.admission():
             request = await read_message(receive, self._decoder)
-            _check(request)
+            _check(request, self._pod)
             generation = Generation(self._pod, await self._tokenizer_of_model(), request)
             try:
                 with self._term(request) as term:
@@ -160,7 +160,12 @@ def _note_failure(loading: "asyncio.Future[Tokenizer]") -> None:
         log.error("no_tokenizer", reason=str(error))
 
 
-def _check(request: GenerateRequest) -> None:
+def _check(request: GenerateRequest, pod: Pod) -> None:
+    if request.fingerprint not in ("", pod.engine.fingerprint):
+        raise OverloadedError(
+            f"Pod {pod.config.pod_name} serves {pod.engine.fingerprint}, not "
+            f"{request.fingerprint} that the prompt was tokenized for; ask another one."
+        )
     if request.resume and len(request.resume) != request.sampling.n:
         raise RequestError(
             f"resume has {len(request.resume)} choices, n is {request.sampling.n}.", param="resume"

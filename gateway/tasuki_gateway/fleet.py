@@ -9,7 +9,6 @@ runs out. What a silent pod still had to answer is failed when it leaves, and go
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
@@ -120,7 +119,7 @@ class Fleet:
         self, client: HttpClient, index: Index | None, seeds: Iterable[str], inline_characters: int
     ) -> None:
         self.groups: dict[str, Group] = {}
-        """By served name and alias; only names with a ready decode pod."""
+        """Where new requests go, by served name and alias; only names with a ready decode pod."""
         self.names: dict[str, ModelText] = {}
         """All names ever served, ready now or not."""
         self._client = client
@@ -128,6 +127,7 @@ class Fleet:
         self._seeds = tuple(seed.rstrip("/") for seed in seeds)
         self._inline_characters = inline_characters
         self._pods: dict[str, Pod] = {}
+        self._all_groups: dict[tuple[str, str], Group] = {}
         self._texts: dict[str, ModelText] = {}
         self._serving: dict[str, str] = {}
         self._changed = asyncio.Event()
@@ -170,10 +170,17 @@ class Fleet:
             self._regroup()
             self._wake.set()
 
-    def awaits(self, name: str) -> bool:
-        """Whether a decode pod of `name` was here a moment ago and may return."""
+    def group(self, name: str, fingerprint: str) -> Group | None:
+        """The ready pods for a request that began under `fingerprint`, during a rollout too."""
+        return self._all_groups.get((name, fingerprint))
+
+    def awaits(self, name: str, fingerprint: str) -> bool:
+        """Whether such a decode pod was here a moment ago and may return."""
         return any(
-            pod.suspect and pod.member.role == "decode" and name in pod.names
+            pod.suspect
+            and pod.member.role == "decode"
+            and pod.member.fingerprint == fingerprint
+            and name in pod.names
             for pod in self._pods.values()
         )
 
@@ -260,18 +267,19 @@ class Fleet:
             for pod in self._pods.values()
             if not pod.suspect and not pod.member.draining and pod.member.fingerprint in self._texts
         ]
-        by_name: dict[str, list[Pod]] = {}
+        pods: dict[tuple[str, str], list[Pod]] = {}
         for pod in usable:
             for name in pod.names:
-                by_name.setdefault(name, []).append(pod)
+                pods.setdefault((name, pod.member.fingerprint), []).append(pod)
+        every = {key: Group(self._texts[key[1]], members) for key, members in pods.items()}
+        self._all_groups = {key: group for key, group in every.items() if group.decode}
         groups: dict[str, Group] = {}
-        for name, pods in by_name.items():
-            decoding = Counter(p.member.fingerprint for p in pods if p.member.role == "decode")
-            chosen = routing.pick_fingerprint(decoding, self._serving.get(name))
-            if chosen is not None:
-                self._serving[name] = chosen
-                text = self.names[name] = self._texts[chosen]
-                groups[name] = Group(text, (p for p in pods if p.member.fingerprint == chosen))
+        for name in {name for name, _ in self._all_groups}:
+            sizes = {f: len(g.decode) for (n, f), g in self._all_groups.items() if n == name}
+            chosen = routing.pick_fingerprint(sizes, self._serving.get(name))
+            self._serving[name] = chosen
+            groups[name] = self._all_groups[name, chosen]
+            self.names[name] = groups[name].text
         self.groups = groups
         _count(groups)
         changed, self._changed = self._changed, asyncio.Event()

@@ -241,12 +241,17 @@ class Relay:
 
     async def _group(self) -> Group:
         """The pods that serve the model; waits for one that was lost a moment ago to return."""
-        fleet = self._legs.fleet
+        fleet, name, fingerprint = self._legs.fleet, self._model, self._request.fingerprint
         until = min(time.monotonic() + self._legs.config.patience, self._deadline)
-        while (group := fleet.groups.get(self._model)) is None:
+        while (group := fleet.group(name, fingerprint)) is None:
             left = until - time.monotonic()
-            if left <= 0 or not (self.failovers or fleet.awaits(self._model)):
-                raise OverloadedError(f"No decode pod of {self._model} is ready.", retry_after=5.0)
+            if not fleet.awaits(name, fingerprint):
+                if name in fleet.groups:
+                    raise OverloadedError(f"{name} was replaced by another version; send it again.")
+                if not self.failovers:
+                    left = 0.0
+            if left <= 0:
+                raise OverloadedError(f"No decode pod of {name} is ready.", retry_after=5.0)
             await fleet.changed(left)
         return group
 

@@ -187,6 +187,7 @@ class Service:
             created=int(time.time()),
             prompt_token_ids=ids[0],
             sampling=params,
+            fingerprint=card.fingerprint,
             echo=isinstance(body, bodies.Completion) and body.echo,
             return_token_ids=body.return_token_ids,
             return_tokens_as_token_ids=body.return_tokens_as_token_ids,

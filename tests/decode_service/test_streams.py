@@ -285,3 +285,10 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
     for (files, threads), (files_before, threads_before) in zip(after, baseline, strict=True):
         assert files <= files_before + 4, "file descriptors stay open"
         assert threads <= threads_before + 1
+
+
+async def test_tokens_made_for_another_model_are_refused(
+    client: httpx.AsyncClient, decode_pod: PodProcess, prompt: list[int]
+) -> None:
+    with pytest.raises(AssertionError, match=r"503: .*serves .* not another one's"):
+        await generate(client, decode_pod, prompt, fingerprint="another one's")

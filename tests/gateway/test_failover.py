@@ -173,6 +173,26 @@ def test_the_only_decode_pod_may_be_killed_and_restarted_in_mid_stream(start: St
 
 
 @pytest.mark.slow
+def test_a_stream_never_goes_on_with_another_version_of_its_model(start: Starter) -> None:
+    stack = start(decode=1, prefill=0)
+    stack.fault(delay=0.02)
+    pod = stack.decode[0]
+
+    def replace() -> None:
+        time.sleep(0.3)
+        pod.kill()
+        pod.start("--fingerprint", "f2")
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    body = ask(stack, max_tokens=60)
+    thread.join()
+    error = json.loads(body.split("\n\n")[-3].removeprefix("data: "))["error"]
+    assert "another version" in error["message"]
+    assert stack.client.post("/v1/completions", json=ASKED).status_code == 200
+
+
+@pytest.mark.slow
 def test_a_pod_that_freezes_is_left_by_its_streams(start: Starter) -> None:
     stack = start()
     expected = texts(ask(stack, max_tokens=60))

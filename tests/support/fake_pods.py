@@ -228,6 +228,8 @@ class FakePod:
                 }
             )
         await asyncio.sleep(fault.hang)
+        if asked.fingerprint not in ("", self.options.fingerprint):
+            fault = Fault(status=503)
         if fault.status:
             headers = {"retry-after": "1"}
             error = {"error": {"message": "as told", "type": "invalid_request_error", "param": "x"}}
@@ -433,8 +435,9 @@ class Process:
         self.name = name
         self.start()
 
-    def start(self) -> None:
-        """Starts it (again), and waits for its address."""
+    def start(self, *arguments: str) -> None:
+        """Starts it (again), perhaps with more arguments, and waits for its address."""
+        self._command += arguments
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         self.process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, env=environment, text=True
