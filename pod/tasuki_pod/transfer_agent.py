@@ -168,7 +168,7 @@ class TransferAgent:
                 key=start.transfer_key,
                 backends=start.transfer_backends,
             )
-            return "", 0, start.transfer_backends
+            return "", 0, self._taker.backends
         self._giver = Giver(
             regions=self._engine.regions(),
             fingerprint=self._engine.fingerprint,
@@ -182,7 +182,7 @@ class TransferAgent:
             ),
         )
         host, port = await self._giver.start(start.transfer_host, start.transfer_port)
-        return host, port, start.transfer_backends
+        return host, port, self._giver.backends
 
     async def _close(self) -> None:
         for task in list(self._pulls.values()):
