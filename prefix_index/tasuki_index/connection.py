@@ -17,6 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
+from tasuki_common.errors import ConfigError
 from tasuki_index.errors import IndexUnavailable
 
 PAUSE = 1.0
@@ -70,9 +71,8 @@ class Connection:
         if now < self._closed_until:
             raise IndexUnavailable(f"Redis at {_without_password(self._url)} failed a moment ago")
         if self._closed_until:
-            self._closed_until = (
-                now + self._timeout
-            )  # this call is the probe, others fail meanwhile
+            # This call is the probe; others fail meanwhile.
+            self._closed_until = now + self._timeout
         try:
             async with asyncio.timeout(self._timeout):
                 answer = await call()
@@ -88,10 +88,13 @@ class Connection:
 def _client(url: str, timeout: float) -> Redis | RedisCluster:
     limits: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
     once_more = Retry(NoBackoff(), 1)  # a pooled connection may have died with the Redis before
-    if url.startswith(CLUSTER_SCHEME):
-        plain = "redis://" + url.removeprefix(CLUSTER_SCHEME)
-        return RedisCluster.from_url(plain, retry=once_more, **limits)
-    return Redis.from_url(url, retry=once_more, **limits)
+    try:
+        if url.startswith(CLUSTER_SCHEME):
+            plain = "redis://" + url.removeprefix(CLUSTER_SCHEME)
+            return RedisCluster.from_url(plain, retry=once_more, **limits)
+        return Redis.from_url(url, retry=once_more, **limits)
+    except (ValueError, RedisClusterException) as error:
+        raise ConfigError(f"redis_url is {_without_password(url)!r}: {error}") from error
 
 
 def _without_password(url: str) -> str:
