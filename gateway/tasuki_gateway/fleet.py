@@ -129,6 +129,8 @@ class Fleet:
         self._pods: dict[str, Pod] = {}
         self._all_groups: dict[tuple[str, str], Group] = {}
         self._texts: dict[str, ModelText] = {}
+        self._unusable: set[str] = set()
+        """Incarnations whose card cannot be used; they are not asked for it again."""
         self._serving: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
@@ -245,9 +247,12 @@ class Fleet:
         alive = {pod.member.fingerprint for pod in self._pods.values()}
         alive |= set(self._serving.values())
         self._texts = {name: text for name, text in self._texts.items() if name in alive}
+        self._unusable &= {pod.member.incarnation for pod in self._pods.values()}
         for pod in list(self._pods.values()):
             member = pod.member
             if member.fingerprint in self._texts or pod.suspect:
+                continue
+            if member.incarnation in self._unusable:
                 continue
             try:
                 status, packed = await self._get(member.url + "/card")
@@ -257,6 +262,7 @@ class Fleet:
             except UpstreamError:
                 continue
             except (msgspec.MsgspecError, ConfigError) as error:
+                self._unusable.add(member.incarnation)
                 log.error("card_unusable", pod=member.pod, error=str(error))
                 continue
             self._texts[member.fingerprint] = text

@@ -331,7 +331,7 @@ class Relay:
         decoder, journal = frames.Decoder(), self._journal
         fresh = True
         while data := await response.read():
-            payloads, end = [], None
+            payloads, end, broken = [], None, None
             try:
                 for frame in decoder.feed(data):
                     if frame.kind > frames.Kind.FINISH:
@@ -339,7 +339,7 @@ class Relay:
                         break
                     payloads.append(journal.take(frame))
             except (ValueError, IndexError) as error:
-                raise BrokenError(f"it sent a frame that is none ({error}).") from error
+                broken = BrokenError(f"it sent a frame that is none ({error}).")
             if payload := b"".join(payloads):
                 await self._sink(payload)
                 self._last_read = time.monotonic()
@@ -351,6 +351,8 @@ class Relay:
                     if prefilled:
                         prefilled.taken()
                     response.allow(self._legs.config.stall_timeout)
+            if broken is not None:  # what is journaled has been sent
+                raise broken
             if end is not None:
                 return await _ended(end, response)
         raise BrokenError("its stream ended before it was complete.")

@@ -105,6 +105,14 @@ def test_a_pod_that_says_retry_is_left(stack: Stack) -> None:
             assert texts(ask(stack)) == expected
 
 
+def test_what_came_with_a_frame_that_is_none_is_not_lost(stack: Stack) -> None:
+    expected = texts(ask(stack))
+    for number in (0, 1, 5):
+        stack.fault(times=1, stray_after=number)
+        assert texts(ask(stack)) == expected
+        stack.fault()
+
+
 def test_the_next_pod_gets_prompt_and_journal(stack: Stack) -> None:
     stack.fault(times=1, kind=4, frames=7)
     ask(stack)

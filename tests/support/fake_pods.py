@@ -91,6 +91,8 @@ class Fault:
     """Seconds before anything is answered."""
     stall_after: int = -1
     """Frames after which the stream falls silent."""
+    stray_after: int = -1
+    """Frames after which one of a choice that nobody asked for follows in the same write."""
     delay: float = 0.0
     """Seconds between frames; without `times`, for all requests."""
 
@@ -243,6 +245,8 @@ class FakePod:
             for number, frame in enumerate(self._frames(asked, fault)):
                 if fault.stall_after == number:
                     await gone
+                if fault.stray_after == number:
+                    frame += frames.encode(frames.Kind.CHUNK, 99, [1], b"")
                 if 0 <= fault.cut_after < sent + len(frame):
                     await _part(send, frame[: fault.cut_after - sent])
                     raise _Cut
