@@ -331,7 +331,8 @@ class Scheduler:
         for number in range(seq.num_published, computed):
             name = seq.names[number]
             if self._cache.full is not None:
-                self._cache.full.publish(seq.full[number], name)
+                parent = seq.names[number - 1] if number else b""
+                self._cache.full.publish(seq.full[number], name, parent=parent)
             if self._cache.window is not None:
                 self._cache.window.publish(seq.window[number], name)
         seq.num_published = computed

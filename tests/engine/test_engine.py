@@ -13,6 +13,7 @@ from history_model import VOCAB_SIZE, HistoryModel
 from relay import GREEDY, compute_hand_over, greedy, hand_over, merge, move, run
 
 from tasuki_common.errors import ConfigError, OverloadedError, RequestError
+from tasuki_common.hashing import block_hashes, root_hash
 from tasuki_common.sampling import SamplingParams
 from tasuki_engine.config import EngineConfig
 from tasuki_engine.engine import Engine
@@ -206,6 +207,21 @@ def test_cache_events_say_what_can_be_found(rng: random.Random) -> None:
     stats = engine.stats()
     assert sum(kind == "block" for kind, _ in findable) == stats.blocks_cached
     assert sum(kind == "checkpoint" for kind, _ in findable) == stats.slots_cached
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_cache_events_name_the_block_before_each_block(rng: random.Random, imported: bool) -> None:
+    engine, _ = _engine()
+    prompt = _prompt(rng, 100)
+    if imported:
+        giver, _ = _engine()
+        hand_over(giver, engine, "p", prompt)
+    else:
+        run(engine, [_request("r", prompt)])
+    parents = {e.hash: e.parent for e in engine.take_cache_events() if e.kind == "block"}
+    root = root_hash(engine.config.hash_algorithm, engine.hash_revision)
+    names = block_hashes(engine.config.hash_algorithm, root, prompt, engine.config.block_size)
+    assert [parents[name] for name in names] == [b"", *names[:-1]]
 
 
 # Ends
