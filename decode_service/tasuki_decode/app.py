@@ -25,6 +25,12 @@ from tasuki_pod.pod import Pod
 log = logs.get("tasuki.decode")
 
 _CANCELLED = "The request was cancelled."
+_OUTCOMES: dict[type[TasukiError], str] = {
+    DeadlineError: "deadline",
+    EngineLostError: "retry",
+    OverloadedError: "overloaded",
+    RequestError: "refused",
+}
 _HEADERS = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")]
 
 
@@ -94,7 +100,8 @@ class Generations:
                 await send(start)
                 await generation.stream(write)
         except TasukiError as error:
-            self._pod.metrics.request_ended(type(error).__name__)
+            outcome = "cancelled" if term.cancelled else _OUTCOMES.get(type(error), "error")
+            self._pod.metrics.request_ended(outcome)
             if not begun:
                 raise
             kind = Kind.RETRY if isinstance(error, EngineLostError) else Kind.ERROR
@@ -125,16 +132,16 @@ class _Term(contextlib.AbstractAsyncContextManager[None]):
     def __init__(self, seconds: float) -> None:
         self._scope = asyncio.timeout(seconds)
         self._entered = False
-        self._cancelled = False
+        self.cancelled = False
 
     def cancel(self) -> None:
         """Ends the block, wherever it waits."""
-        self._cancelled = True
-        if self._entered:
+        self.cancelled = True
+        if self._entered and not self._scope.expired():
             self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def __aenter__(self) -> None:
-        if self._cancelled:
+        if self.cancelled:
             raise RequestError(_CANCELLED)
         await self._scope.__aenter__()
         self._entered = True
@@ -149,7 +156,7 @@ class _Term(contextlib.AbstractAsyncContextManager[None]):
         try:
             await self._scope.__aexit__(kind, error, trace)
         except TimeoutError as over:
-            if self._cancelled:
+            if self.cancelled:
                 raise RequestError(_CANCELLED) from over
             raise DeadlineError("The request's deadline passed before it was done.") from over
 

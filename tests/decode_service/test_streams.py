@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from fresh_seed import fresh_seed
 from pods import (
     Answer,
     PodProcess,
@@ -203,6 +204,31 @@ async def test_choices_that_were_finished_are_not_generated_again(
     assert rest.usage.completion_tokens == 24
 
 
+async def test_cached_tokens_of_many_choices_are_those_before_the_first(
+    client: httpx.AsyncClient, decode_pod: PodProcess
+) -> None:
+    rng = random.Random(fresh_seed())
+    prompt = [rng.randrange(3, 250) for _ in range(200)]
+    answer = await generate(client, decode_pod, prompt, n=40, max_tokens=1, cache_salt="many")
+    assert answer.usage is not None
+    assert answer.usage.cached_tokens == 0
+
+
+async def test_a_resumed_choice_does_not_score_its_prompt_again(
+    client: httpx.AsyncClient, decode_pod: PodProcess
+) -> None:
+    rng = random.Random(fresh_seed())
+    prompt = [rng.randrange(3, 250) for _ in range(200)]
+    options = {"prompt_logprobs": 1, "max_tokens": 6}
+    whole = await generate(client, decode_pod, prompt, **options)
+    before = decode_pod.metric("tasuki_prompt_tokens_total")
+    resume = (ResumedChoice(token_ids=whole.tokens[0][:3]),)
+    rest = await generate(client, decode_pod, prompt, resume=resume, **options)
+    assert rest.tokens[0] == whole.tokens[0][3:]
+    await until_idle(decode_pod)
+    assert decode_pod.metric("tasuki_prompt_tokens_total") - before < 16
+
+
 async def test_a_deadline_ends_the_stream_with_an_error(
     client: httpx.AsyncClient, decode_pod: PodProcess, prompt: list[int]
 ) -> None:
@@ -210,6 +236,7 @@ async def test_a_deadline_ends_the_stream_with_an_error(
     assert answer.error is not None
     assert answer.error["kind"] is Kind.ERROR
     assert answer.error["type"] == "timeout_error"
+    assert decode_pod.metric("tasuki_requests_total", outcome="deadline") >= 1
     await until_idle(decode_pod)
 
 
@@ -225,6 +252,7 @@ async def test_delete_ends_a_stream_with_an_error(
         answer.add(frame)
     assert answer.error is not None
     assert answer.usage is None
+    assert decode_pod.metric("tasuki_requests_total", outcome="cancelled") >= 1
     await until_idle(decode_pod)
 
 
