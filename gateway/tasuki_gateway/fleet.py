@@ -29,6 +29,8 @@ SUSPECT_SECONDS = 0.2
 """Between refreshes while a pod is suspect: its return is awaited."""
 SILENCE_SECONDS = 6.0
 """A pod on a busy machine may miss a question; this is no longer busy."""
+FORGET_SECONDS = 600.0
+"""A name without a ready decode pod answers 503 for so long, and then 404."""
 _ASK_SECONDS = 2.0
 _member_decoder = msgspec.msgpack.Decoder(Member)
 
@@ -121,7 +123,7 @@ class Fleet:
         self.groups: dict[str, Group] = {}
         """Where new requests go, by served name and alias; only names with a ready decode pod."""
         self.names: dict[str, ModelText] = {}
-        """All names ever served, ready now or not."""
+        """All names served of late, ready now or not."""
         self._client = client
         self._index = index
         self._seeds = tuple(seed.rstrip("/") for seed in seeds)
@@ -132,6 +134,7 @@ class Fleet:
         self._unusable: set[str] = set()
         """Incarnations whose card cannot be used; they are not asked for it again."""
         self._serving: dict[str, str] = {}
+        self._served_at: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
 
@@ -287,9 +290,18 @@ class Fleet:
             groups[name] = self._all_groups[name, chosen]
             self.names[name] = groups[name].text
         self.groups = groups
+        self._forget_names()
         _count(groups)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+    def _forget_names(self) -> None:
+        """Of models that have gone for good; their tokenizers are large."""
+        now = time.monotonic()
+        self._served_at |= dict.fromkeys(self.groups, now)
+        for name, at in list(self._served_at.items()):
+            if now - at > FORGET_SECONDS:
+                del self._served_at[name], self._serving[name], self.names[name]
 
 
 def _count(groups: dict[str, Group]) -> None:

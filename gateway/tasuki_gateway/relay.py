@@ -45,6 +45,7 @@ log = logs.get("tasuki.gateway")
 Sink = Callable[[bytes], Awaitable[None]]
 
 _BACKOFF = (0.0, 0.1, 0.5, 2.0)
+_BUSY_SECONDS = 0.5
 _GOODBYE_SECONDS = 2.0
 _BUSY = (429, 503)
 _DEADLINE = 504
@@ -67,6 +68,10 @@ class PodLost(Exception):  # noqa: N818 - an event of the relay, not an error of
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class AllBusyError(OverloadedError):
+    """Every decode pod is at its limits."""
 
 
 class Legs:
@@ -152,6 +157,7 @@ class Relay:
         self._sink = sink
         self._deadline = deadline
         self._journal = Journal(request.sampling.n)
+        self._tries = 0
         self._reads = 0
         self._first_read = self._last_read = 0.0
         self.failovers = 0
@@ -174,6 +180,11 @@ class Relay:
                     usage = self._own_usage()
                     break
                 await asyncio.sleep(_BACKOFF[min(self.failovers, len(_BACKOFF)) - 1])
+            except AllBusyError:
+                patient = time.monotonic() < self._last_read + self._legs.config.patience
+                if not (self._journal.begun and patient):
+                    raise
+                await asyncio.sleep(_BUSY_SECONDS)
         if self._reads > 1:
             mean = (self._last_read - self._first_read) / (self._reads - 1)
             metrics.inter_token_seconds.observe(mean)
@@ -210,7 +221,8 @@ class Relay:
             request.cache_salt,
             hand_over=request.sampling.prompt_logprobs is None,
         )
-        name = f"{request.request_id}-{self.failovers}"
+        name = f"{request.request_id}-{self._tries}"
+        self._tries += 1
         prefilled = await self._prefill(choice, name, tokens)
         try:
             request = msgspec.structs.replace(
@@ -300,7 +312,7 @@ class Relay:
         Raises:
             PodLost: a pod could not be reached, or failed; it is out of routing for now.
             PodError: a pod says that the request cannot be served.
-            OverloadedError: all are busy, and the client has nothing yet.
+            AllBusyError: none has room.
         """
         body = _encode(request)
         for pod in pods:
@@ -320,8 +332,7 @@ class Relay:
                 raise _pod_error(response.status, answer)
             except (UpstreamError, PodLost) as error:
                 raise self._lost(pod, error) from error
-        busy = f"All decode pods of {self._model} are busy."
-        raise PodLost("busy", busy) if self._journal.begun else OverloadedError(busy)
+        raise AllBusyError(f"All decode pods of {self._model} are busy.")
 
     async def _stream(
         self, response: Response, burden: Burden, prefilled: "_Prefilled | None"

@@ -120,6 +120,27 @@ def test_the_next_pod_gets_prompt_and_journal(stack: Stack) -> None:
     assert [7] in [event.get("resume") for event in seen]
 
 
+@pytest.mark.slow
+def test_a_stream_waits_when_the_pods_that_are_left_are_busy(start: Starter) -> None:
+    stack = start()
+    expected = texts(ask(stack))
+    survivor, lost = stack.decode
+    survivor.fault(times=10**6, status=503)
+    lost.fault(times=1, cut_after=900)
+
+    def die_and_make_room() -> None:
+        while stack.metric("tasuki_gateway_failovers_total") == 0:
+            time.sleep(0.01)
+        lost.kill()
+        time.sleep(2.5)
+        survivor.fault()
+
+    thread = threading.Thread(target=die_and_make_room)
+    thread.start()
+    assert texts(ask(stack)) == expected
+    thread.join()
+
+
 def test_a_prefill_pod_in_trouble_costs_its_ticket_only(stack: Stack) -> None:
     prompt = "the quick brown fox " * 200
     expected = texts(ask(stack, prompt=prompt))
