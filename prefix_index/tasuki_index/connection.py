@@ -75,7 +75,7 @@ class Connection:
             self._closed_until = now + self._timeout
         try:
             async with asyncio.timeout(self._timeout):
-                answer = await call()
+                answer = await _cancellable(call())
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             self._closed_until = time.monotonic() + PAUSE
             reason = str(error) or type(error).__name__
@@ -83,6 +83,21 @@ class Connection:
             raise IndexUnavailable(f"Redis at {where} gave no answer: {reason}") from error
         self._closed_until = 0.0
         return answer
+
+
+async def _cancellable(call: Awaitable[Any]) -> Any:
+    """The result of a call of redis-py, unless this task was cancelled meanwhile.
+
+    redis-py sends through `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that
+    comes as it completes: a loop over calls would never end, a client's hang-up go unheard.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await call
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _client(url: str, timeout: float) -> Redis | RedisCluster:
