@@ -106,6 +106,7 @@ def local_gateway(up: Up) -> Iterator[str]:
             time.sleep(0.05)
         yield f"127.0.0.1:{port}"
         process.terminate()
+        process.wait(START_SECONDS)
 
 
 def answers(url: str) -> bool:
