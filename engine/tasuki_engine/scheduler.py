@@ -227,24 +227,30 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Gives a waiting sequence a row and all units of its known tokens, or nothing."""
         match = self._match(seq)
-        self._cache.hold(match)
         complete = seq.request.hand_over and match.depth == seq.resumable_blocks
-        num_blocks = -(-seq.target // seq.block_size)
+        missing = -(-seq.target // seq.block_size) - len(match.full)
         full, slots = self._cache.full, self._cache.slots
         needs_slot = slots is not None and not complete
-        if (
-            (full is not None and full.available < num_blocks - len(match.full))
-            or (slots is not None and needs_slot and slots.available < 1)
-            or (self._cache.window is not None and self._cache.window.available < 1)
-        ):
+        if not self._has_room(missing, needs_slot=needs_slot):
+            return False
+        self._cache.hold(match)  # what is held is no longer room
+        if not self._has_room(missing, needs_slot=needs_slot):
             self._cache.drop(match)
             return False
         self._start(seq, match, needs_slot=needs_slot)
         if full is not None:
-            blocks = take(full, num_blocks - len(match.full))
+            blocks = take(full, missing)
             put(self._tables.full, seq.row, len(seq.full), blocks)
             seq.full += blocks
         return True
+
+    def _has_room(self, num_blocks: int, *, needs_slot: bool) -> bool:
+        full, window, slots = self._cache.full, self._cache.window, self._cache.slots
+        return not (
+            (full is not None and full.available < num_blocks)
+            or (slots is not None and needs_slot and slots.available < 1)
+            or (window is not None and window.available < 1)
+        )
 
     def _match(self, seq: Sequence) -> Match:
         if not seq.reads_cache or seq.wants_prompt_logprobs:

@@ -81,6 +81,8 @@ class TransferAgent:
             self._wait(self._close(), _CLOSE_SECONDS)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def open(self, request_id: str, num_tokens: int) -> None:
         """Announces a prefix that will be offered."""
