@@ -95,6 +95,9 @@ class Scheduler:
         if state is not State.PINNED:
             self._drop_units(seq)
         seq.state = state
+        if len(self._waiting) > 2 * self.num_waiting + 64:
+            self._waiting = [entry for entry in self._waiting if entry[1].state is State.WAITING]
+            heapq.heapify(self._waiting)
 
     def schedule(self) -> list[Part]:
         """The next step's parts, those of one token first; may be empty."""

@@ -316,6 +316,19 @@ def test_a_deadline_ends_what_runs_and_what_waits(rng: random.Random) -> None:
     assert run(engine)["stays"].finish_reason == "length"
 
 
+def test_requests_that_give_up_behind_one_that_waits_are_forgotten(rng: random.Random) -> None:
+    engine, _ = _engine(num_blocks=40)
+    held = _prompt(rng, 240)
+    assert engine.reserve("held", held, 240) is not None
+    engine.add_request(_request("head", _prompt(rng, 200)))
+    for i in range(500):
+        engine.add_request(_request(f"r{i}", [1, 2, 3]))
+        engine.abort(f"r{i}")
+    assert len(engine._scheduler._waiting) < 100
+    engine.cancel("held")
+    assert run(engine)["head"].finish_reason == "length"
+
+
 def test_lower_priority_values_go_first(rng: random.Random) -> None:
     engine, _ = _engine(max_num_seqs=1)
     for name, priority in (("low", 5), ("high", -5), ("middle", 0), ("second", -5)):
