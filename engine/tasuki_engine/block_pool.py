@@ -112,10 +112,6 @@ class Pool:
         """The unit of that name."""
         return self._by_name.get(name)
 
-    def names(self) -> list[bytes]:
-        """All names that can be found now."""
-        return list(self._by_name)
-
     def _make_dear(self, unit: int) -> None:
         if not self._dear[unit]:
             if unit in self._cached[0]:

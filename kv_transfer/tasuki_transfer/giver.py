@@ -113,7 +113,7 @@ class Giver:
 
     def open(self, request_id: str, num_tokens: int) -> TicketFields:
         """Begin a lease before its spans exist. ValueError when the request has one."""
-        self._leases.open(request_id, num_tokens)
+        self._leases.open(request_id)
         return TicketFields(
             request_id=request_id,
             num_tokens=num_tokens,
