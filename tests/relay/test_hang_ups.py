@@ -35,7 +35,8 @@ async def hang_up(relay: Relay, rng: random.Random) -> str:
             temperature=1.0,
         )
         content = json.dumps(request if request["stream"] else request | {"stream_options": None})
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        head += f"content-length: {len(content)}\r\n\r\n"
         whole = (head + content).encode()
         if moment == "mid-request":
             whole = whole[: rng.randrange(1, len(whole))]
