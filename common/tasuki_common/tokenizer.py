@@ -206,6 +206,8 @@ def _special_tokens(files: Mapping[str, bytes], config: dict[str, Any]) -> dict[
         token = declared.get(name)
         if isinstance(token, dict):  # an AddedToken
             token = token.get("content")
+        if token and not isinstance(token, str):
+            raise ConfigError(f"{name} of the model is {token!r}; it must be a string.")
         if token:
             tokens[name] = token
     return tokens
