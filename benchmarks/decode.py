@@ -36,7 +36,8 @@ def engine_generate(llm: LLM) -> Generate:
     """Continues prompts by so many tokens with the engine."""
 
     def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        # As min_new_tokens does: the end token is masked, not passed over.
+        params = SamplingParams(temperature=0.0, max_tokens=count, min_tokens=count)
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )
