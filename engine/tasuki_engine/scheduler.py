@@ -19,6 +19,10 @@ from tasuki_engine.block_tables import BlockTables, put
 from tasuki_engine.prefix_cache import Match, PrefixCache
 from tasuki_engine.sequence import Sequence, State
 
+_SCORED_TOKENS = 1024
+"""Prompt tokens of one sequence and step whose log-probabilities are asked for: the logits of them
+all, float32 over the whole vocabulary, are in memory at once."""
+
 
 @dataclasses.dataclass(slots=True)
 class PlannedCheckpoint:
@@ -154,7 +158,7 @@ class Scheduler:
 
     def _continue(self, seq: Sequence, budget: int, parts: dict[Sequence, Part]) -> int:
         """Gives a running sequence up to `budget` tokens; returns how many of it are gone."""
-        wanted = min(seq.target - seq.num_computed, budget)
+        wanted = _wanted(seq, budget)
         given_back = 0
         while (tokens := self._grow(seq, wanted)) == 0:
             victim = self._victim(seq)
@@ -213,7 +217,7 @@ class Scheduler:
                 self.blocked = None if self.running else seq
                 return
             heapq.heappop(self._waiting)
-            tokens = min(seq.target - seq.num_computed, budget)
+            tokens = _wanted(seq, budget)
             if tokens == 0:
                 continue
             tokens = self._grow(seq, tokens)
@@ -378,3 +382,9 @@ def take(pool: Pool, count: int) -> list[int]:
     units = pool.take(count)
     assert units is not None, f"pool {pool.name} promised {count} units"
     return units
+
+
+def _wanted(seq: Sequence, budget: int) -> int:
+    """Tokens that a sequence can use of `budget`."""
+    limit = _SCORED_TOKENS if seq.wants_prompt_logprobs else budget
+    return min(seq.target - seq.num_computed, budget, limit)

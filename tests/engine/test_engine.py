@@ -274,6 +274,19 @@ def test_a_prompt_is_scored_without_generating(rng: random.Random) -> None:
     assert (nothing.token_ids, nothing.finish_reason) == ([], "length")
 
 
+def test_a_long_prompt_is_scored_in_parts_however_large_the_budget(rng: random.Random) -> None:
+    engine, _ = _engine(max_num_batched_tokens=4096, max_model_len=2600, num_blocks=400)
+    prompt = _prompt(rng, 2500)
+    params = greedy(0, prompt_logprobs=0)
+    output = run(engine, [_request("score", prompt, sampling=params)])["score"]
+    assert output.prompt_logprobs is not None
+    assert [entry and entry.token.token_id for entry in output.prompt_logprobs] == [
+        None,
+        *prompt[1:],
+    ]
+    assert engine.stats().steps == 3  # 1,024 tokens at most
+
+
 def test_prompt_logprobs_come_once_with_the_first_token(rng: random.Random) -> None:
     engine, history = _engine(num_blocks=30, max_model_len=128, num_state_slots=20)
     prompts = [_prompt(rng, 60) for _ in range(4)]
