@@ -22,12 +22,12 @@ def _figures() -> tuple[Panel, ...]:
         return f'sum(tasuki_operator_deployments{{ready="{ready}"}}) or vector(0)'
 
     return (
-        figure("Ready", "short", "InferenceDeployments that would answer.", deployments("True")),
+        figure("Ready", "short", "InferenceDeployments that would answer.", deployments("true")),
         figure(
             "Not ready",
             "short",
             "`kubectl get infd -A` says why.",
-            'sum(tasuki_operator_deployments{ready!="True"}) or vector(0)',
+            deployments("false"),
             worry=1,
         ),
         figure(
