@@ -157,8 +157,13 @@ def _structural(node: Any, defs: dict[str, Any]) -> Any:
     if "description" in result:
         result["description"] = " ".join(str(result["description"]).split())
     if "properties" in result and "default" in result:
-        result["default"] = {}  # the API server fills in those of the fields
+        ruled = "x-kubernetes-validations" in result  # rules must hold for the bare default
+        result["default"] = _without_nulls(result["default"]) if ruled else {}
     return result
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _validations(rules: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = load(OperatorConfig, argv, prog="tasuki operator")
         logs.setup(component="operator", level=config.log_level)
+        logging.getLogger("kopf").setLevel(logging.WARNING)  # it tells of every event
         log.info("settings", **describe(config))
         return asyncio.run(_run(config))
     except ConfigError as error:
@@ -94,6 +96,8 @@ async def _work(
     stop: asyncio.Event,
 ) -> None:
     """What the leader does, until `stop`."""
+    if not await api.serves(INFERENCE_DEPLOYMENT):
+        raise ConfigError("The cluster knows no InferenceDeployment; apply crds/ first.")
     monitors = await api.serves(POD_MONITOR)
     kinds = tuple(
         kind
