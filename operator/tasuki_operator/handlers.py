@@ -12,6 +12,8 @@ from tasuki_operator.store import Store
 from tasuki_operator.work import WorkQueue
 
 _WATCH_SECONDS = 600
+_IDENTITY: Any = "tasuki-operator"
+"""Given, as kopf would ask for the user's name, and a pod's user has none."""
 
 
 async def watch(
@@ -51,6 +53,7 @@ async def watch(
         registry=registry,
         settings=settings,
         standalone=True,
+        identity=_IDENTITY,
         clusterwide=not namespaces,
         namespaces=namespaces,
         stop_flag=stop,
