@@ -14,7 +14,7 @@ import pydantic
 import xxhash
 
 from tasuki_common import logs
-from tasuki_operator import builders, names, status
+from tasuki_operator import builders, events, names, status
 from tasuki_operator.api import Api, ApiError
 from tasuki_operator.builders import Owner, Surroundings
 from tasuki_operator.kinds import (
@@ -22,7 +22,6 @@ from tasuki_operator.kinds import (
     CHILDREN,
     CONFIG_MAP,
     DEPLOYMENT,
-    EVENT,
     INFERENCE_DEPLOYMENT,
     POD,
     SECRET,
@@ -102,6 +101,8 @@ class Reconciler:
         try:
             uid = await self._transfer_secret(key, owner, spec)
             wanted = builders.desired(owner, spec, self._around, uid)
+            if any(self._live(key, manifest) is None for manifest in wanted):
+                await self._still_there(key, owner)
             for manifest in wanted:
                 await self._make(key, owner, manifest)
             await self._prune(key, owner, wanted)
@@ -138,11 +139,10 @@ class Reconciler:
         kind, name = BY_NAME[manifest["kind"]], manifest["metadata"]["name"]
         memory = (kind.name, owner.namespace, name)
         wanted = _digest(manifest)
-        live = self._store.get(kind, key, name)
+        live = self._live(key, manifest)
         if live is not None and self._applied.get(memory) == (wanted, _version(live)):
             return
         if live is None:
-            await self._still_there(key, owner)
             live = await self._api.get(kind, owner.namespace, name)
         if live is not None:
             _must_be_ours(live, owner, kind.name, name)
@@ -150,6 +150,10 @@ class Reconciler:
         self._store.put(result)
         self._applied[memory] = (wanted, _version(result))
         self._metrics.applied.labels(kind.name).inc()
+
+    def _live(self, key: Key, manifest: Manifest) -> Manifest | None:
+        """The child as the watches know it."""
+        return self._store.get(BY_NAME[manifest["kind"]], key, manifest["metadata"]["name"])
 
     async def _still_there(self, key: Key, owner: Owner) -> None:
         """Before anything is created: a watch may have missed that the owner was deleted."""
@@ -215,7 +219,7 @@ class Reconciler:
                     )
                 raise
             self._store.put(result)
-            await self._tell(result, before, said)
+            await events.tell(self._api, result, before, said)
         self._count()
         ready, moving = (status.condition(said, kind) for kind in ("Ready", "Progressing"))
         return said != before, ready["status"] == "True" and moving["status"] == "False"
@@ -248,54 +252,6 @@ class Reconciler:
             refusal=refusal,
             now=datetime.datetime.now(datetime.UTC),
         )
-
-    async def _tell(self, body: Manifest, before: Manifest, after: Manifest) -> None:
-        """Kubernetes events for what a person should notice: Ready and Degraded that change."""
-        for kind, good in (("Ready", "True"), ("Degraded", "False")):
-            old, new = status.condition(before, kind), status.condition(after, kind)
-            if (old.get("status"), old.get("reason")) == (new["status"], new["reason"]):
-                continue
-            is_good = new["status"] == good
-            log.info(
-                "condition",
-                deployment=f"{body['metadata']['namespace']}/{body['metadata']['name']}",
-                type=kind,
-                status=new["status"],
-                reason=new["reason"],
-                message=new["message"],
-            )
-            if not is_good and kind == "Ready":
-                continue  # what is wrong stands in Degraded; to start is not wrong
-            if is_good and kind == "Degraded" and not old:
-                continue
-            await self._post_event(body, new, "Normal" if is_good else "Warning")
-
-    async def _post_event(self, body: Manifest, said: Manifest, severity: str) -> None:
-        metadata, now = body["metadata"], _now()
-        event = {
-            "apiVersion": EVENT.api_version,
-            "kind": EVENT.name,
-            "metadata": {
-                "namespace": metadata["namespace"],
-                "name": f"{metadata['name']}.{secrets.token_hex(6)}",
-            },
-            "involvedObject": {
-                "apiVersion": INFERENCE_DEPLOYMENT.api_version,
-                "kind": INFERENCE_DEPLOYMENT.name,
-                **{name: metadata[name] for name in ("name", "namespace", "uid")},
-            },
-            "type": severity,
-            "reason": said["reason"],
-            "message": said["message"],
-            "source": {"component": names.MANAGER},
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
-        try:
-            await self._api.create(event)
-        except ApiError as error:  # it is told in the status too
-            log.warning("event_not_written", reason=str(error))
 
     def _count(self) -> None:
         counts = {"True": 0, "False": 0}
@@ -333,7 +289,7 @@ def _version(live: Manifest) -> str:
     parts = [
         metadata.get("uid"),
         metadata.get("generation") or metadata.get("resourceVersion"),
-        *(metadata.get(name) for name in ("labels", "annotations", "ownerReferences")),
+        *(metadata.get(name) for name in ("labels", "ownerReferences")),
     ]
     return _digest({"parts": parts})
 
@@ -362,7 +318,3 @@ def _rivalry(rival: Key) -> str:
         f"Deployment {rival} is older and serves a name that this one wants; choose another "
         "spec.model.servedName (or alias), or delete one of the two."
     )
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
