@@ -16,9 +16,10 @@ _VERBS = {
     "gateway": ("tasuki_gateway.main", "serve the OpenAI endpoint"),
     "prefill": ("tasuki_prefill.main", "serve a pod that computes prompts"),
     "decode": ("tasuki_decode.main", "serve a pod that generates tokens"),
+    "operator": ("tasuki_operator.main", "serve InferenceDeployments in a Kubernetes cluster"),
 }
 
-_EXTRAS = {"up": "local", "ask": "gateway", "gateway": "gateway"}
+_EXTRAS = {"up": "local", "ask": "gateway", "gateway": "gateway", "operator": "operator"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

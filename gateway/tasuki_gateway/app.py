@@ -24,6 +24,9 @@ from tasuki_gateway.relay import Legs
 from tasuki_gateway.service import Handler, Service
 from tasuki_index import Index
 
+_FIRST_LOOK_SECONDS = 5.0
+"""A gateway listens once it has looked around: a new replica knows the models it is asked for."""
+
 
 class _Endpoint:
     """A handler of `Service` as an ASGI application of its own."""
@@ -99,6 +102,7 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         refreshing = asyncio.create_task(self.fleet.run())
+        await self.fleet.changed(_FIRST_LOOK_SECONDS)
         try:
             yield
         finally:

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from tasuki_cli.up import UpSettings
-from tasuki_gateway import bodies, metrics as gateway_metrics
+from tasuki_gateway import bodies
 from tasuki_gateway.config import GatewayConfig
+from tasuki_operator.config import OperatorConfig
 from tasuki_pod.config import PodConfig
-from tasuki_pod.metrics import Metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text()
@@ -31,6 +31,7 @@ def section(title: str) -> str:
         ("tasuki up", UpSettings),
         ("tasuki gateway", GatewayConfig),
         ("tasuki prefill, tasuki decode", PodConfig),
+        ("tasuki operator", OperatorConfig),
     ],
 )
 def test_the_documented_flags_are_the_real_ones(title: str, settings: Any) -> None:
@@ -40,38 +41,6 @@ def test_the_documented_flags_are_the_real_ones(title: str, settings: Any) -> No
         field.name.replace("_", "-") for field in fields if not field.metadata.get("positional")
     }
     assert documented == real
-
-
-def exposed(text: str) -> set[str]:
-    """Names of the metrics in Prometheus' text format."""
-    return set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE)) - set(
-        re.findall(r"^# TYPE (\w+_created) ", text, re.MULTILINE)
-    )
-
-
-def documented_metrics(title: str) -> set[str]:
-    return set(re.findall(r"^\| `(tasuki_\w+)`", section(title), re.MULTILINE))
-
-
-def test_the_documented_gateway_metrics_are_the_real_ones() -> None:
-    from prometheus_client import generate_latest
-
-    real = exposed(generate_latest(gateway_metrics.registry).decode())
-    assert documented_metrics("Gateway") == real
-
-
-def test_the_documented_pod_metrics_are_the_real_ones() -> None:
-    class Client:
-        """A pod's engine client as far as metrics read it."""
-
-        def __init__(self) -> None:
-            from tasuki_engine.request import EngineStats
-
-            self.stats, self.leases = EngineStats(), 0
-
-    metrics = Metrics("decode")
-    metrics.watch(Client())  # type: ignore[arg-type]
-    assert documented_metrics("Pods") == exposed(metrics.render().decode())
 
 
 @pytest.mark.parametrize("body", [bodies.Chat, bodies.Completion])

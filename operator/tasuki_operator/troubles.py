@@ -1,0 +1,98 @@
+"""What is wrong with a pod, in one word and one sentence, from its status alone."""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+Manifest = dict[str, Any]
+
+_OUT_OF_MEMORY = "OOMKilled"
+_NO_MODEL = re.compile(
+    r"the Hub did not give|there is no folder|has no config\.json|has no safetensors", re.IGNORECASE
+)
+_PULLS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+_LAST_LINE = 300
+
+
+class Trouble(NamedTuple):
+    """Why a pod does not serve."""
+
+    reason: str
+    message: str
+
+
+def worst(pods: Iterable[Manifest]) -> Trouble | None:
+    """The first trouble found, those of containers before those of scheduling."""
+    found = [trouble for pod in pods if (trouble := of_pod(pod)) is not None]
+    return min(found, key=lambda trouble: trouble.reason == "Unschedulable", default=None)
+
+
+def of_pod(pod: Manifest) -> Trouble | None:
+    """What is wrong with the pod; None when it serves, starts or leaves as it should."""
+    metadata, status = pod["metadata"], pod.get("status") or {}
+    name = metadata["name"]
+    if metadata.get("deletionTimestamp"):
+        return None
+    if status.get("phase") == "Failed":
+        why = status.get("message") or status.get("reason") or "no reason was given"
+        return Trouble(str(status.get("reason") or "PodFailed"), f"Pod {name} failed: {why}.")
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            text = condition.get("message") or "no node was found"
+            return Trouble("Unschedulable", f"Pod {name} has no node: {text}")
+    containers = status.get("containerStatuses") or []
+    found = (_of_container(name, container) for container in containers)
+    return next((trouble for trouble in found if trouble is not None), None)
+
+
+def _of_container(pod: str, status: Manifest) -> Trouble | None:
+    state = status.get("state") or {}
+    waiting = state.get("waiting") or {}
+    reason, text = waiting.get("reason"), waiting.get("message") or ""
+    if reason in _PULLS:
+        return Trouble("ImagePull", f"Pod {pod} cannot get image {status['image']}: {text}")
+    if reason == "CreateContainerConfigError":
+        missing = "SecretMissing" if "secret" in text else "ConfigurationMissing"
+        return Trouble(missing, f"Pod {pod} cannot start: {text}.")
+    if reason in ("CreateContainerError", "RunContainerError"):
+        return Trouble("CannotStart", f"Pod {pod} cannot start: {text}")
+    ended = state.get("terminated") or (status.get("lastState") or {}).get("terminated")
+    if status.get("ready") or not ended or ended.get("exitCode") == 0:
+        return None
+    return _of_end(pod, ended, int(status.get("restartCount", 0)))
+
+
+def _of_end(pod: str, ended: Manifest, restarts: int) -> Trouble:
+    last = last_line(ended.get("message") or "")
+    tail = f" It said last: {last}" if last else ""
+    if ended.get("reason") == _OUT_OF_MEMORY:
+        return Trouble(
+            "OutOfMemory",
+            f"Pod {pod} was killed for memory, {restarts} times so far; raise its memory limit, or "
+            f"lower spec.engine.numBlocks.{tail}",
+        )
+    if ended.get("reason") in ("StartError", "ContainerCannotRun"):
+        return Trouble("CannotStart", f"Pod {pod} cannot start: {last}")
+    if _NO_MODEL.search(last):
+        return Trouble("ModelNotFound", f"Pod {pod} finds no model. {last}")
+    if ended.get("exitCode") == 2:
+        return Trouble("ConfigurationRefused", f"Pod {pod} refuses its settings. {last}")
+    code = ended.get("exitCode")
+    return Trouble("CrashLoop", f"Pod {pod} ended with {code}, {restarts} times so far.{tail}")
+
+
+def last_line(output: str) -> str:
+    """The last line of a log; of the pods' JSON lines only the event and its reason."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    if not lines:
+        return ""
+    line = lines[-1].strip()
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return line[-_LAST_LINE:]
+    if not isinstance(fields, dict):
+        return line[-_LAST_LINE:]
+    text = str(fields.get("reason") or fields.get("event") or line)
+    return text[:_LAST_LINE]
