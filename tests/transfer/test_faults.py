@@ -239,7 +239,9 @@ async def test_a_giver_killed_in_mid_pull_ends_the_pull_at_once(backend):
             assert time.monotonic() - started < 5
             if isinstance(outcome, Exception):
                 assert isinstance(outcome, TransferError)
-                assert outcome.reason in ("truncated", "unreachable", "backend")
+                # no_backend: it was gone before the two NIXL agents had met.
+                early = ("no_backend",) if backend == "nixl" else ()
+                assert outcome.reason in ("truncated", "unreachable", "backend", *early)
             await assert_untouched(both)
 
 
