@@ -139,14 +139,15 @@ async def test_a_prefill_pod_killed_in_mid_pull_costs_a_recomputation(
     seed: int,
 ) -> None:
     rng = random.Random(seed + 5)
-    prompt = [rng.randrange(3, 250) for _ in range(700)]
+    prompt = [rng.randrange(3, 250) for _ in range(1900)]  # many steps: it is not done
     before = decode_pod.metric("tasuki_transfer_failures_total")
+    engine = short_lived.engine_pid()
     ticket = await prefill(client, short_lived, prompt)
     answering = asyncio.ensure_future(
         generate(client, decode_pod, prompt, ticket=ticket, max_tokens=NUM_TOKENS)
     )
     await asyncio.sleep(0.03)
-    os.kill(short_lived.engine_pid(), signal.SIGKILL)
+    os.kill(engine, signal.SIGKILL)
     answer = await answering
     assert answer.tokens[0] == tiny_models.reference_greedy(model, prompt, NUM_TOKENS)
     assert decode_pod.metric("tasuki_transfer_failures_total") == before + 1
