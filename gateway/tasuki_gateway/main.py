@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-from tasuki_common import logs, settings
+from tasuki_common import logs, settings, tracing
 from tasuki_common.errors import ConfigError
 from tasuki_gateway.app import Gateway
 from tasuki_gateway.config import GatewayConfig
@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
     """Serves until a signal; returns the exit status."""
     try:
         config = settings.load(GatewayConfig, argv, prog="tasuki gateway")
+        tracing.setup("gateway", socket.gethostname())
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
