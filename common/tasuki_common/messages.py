@@ -55,6 +55,9 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     needs_checkpoint: bool
     """True for models with recurrent layers: a prefix resumes only at a checkpoint."""
     draining: bool = False
+    prefill_threshold: int | None = None
+    """Missing prompt tokens up to which a decode pod of this model prefills itself; None: the
+    gateway's setting."""
     load: Load = Load()
 
 

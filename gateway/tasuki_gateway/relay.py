@@ -89,12 +89,13 @@ class Legs:
         depths: dict[str, int] = {}
         if prefill or len(group.decode) > 1:
             depths = await self._depths(group, tokens, salt)
+        threshold = group.member.prefill_threshold
         choice = routing.choose(
             group.decode,
             prefill,
             tokens=len(tokens),
             depths=depths,
-            threshold=self.config.prefill_threshold,
+            threshold=self.config.prefill_threshold if threshold is None else threshold,
         )
         metrics.routed.labels(choice.kind).inc()
         metrics.hit_depth_tokens.observe(choice.depth)

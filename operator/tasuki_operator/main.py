@@ -17,7 +17,7 @@ from tasuki_common import logs
 from tasuki_common.errors import ConfigError
 from tasuki_common.settings import describe, load
 from tasuki_operator import names
-from tasuki_operator.api import Api
+from tasuki_operator.api import Api, ApiError
 from tasuki_operator.builders import Surroundings
 from tasuki_operator.config import OperatorConfig
 from tasuki_operator.handlers import watch
@@ -166,7 +166,7 @@ async def _relist_now_and_then(
         await asyncio.sleep(_RELIST_SECONDS)
         try:
             await _relist(api, kinds, namespaces, store, queue)
-        except (aiohttp.ClientError, OSError) as error:
+        except (ApiError, aiohttp.ClientError, OSError) as error:
             log.warning("api_server_away", reason=str(error))
 
 

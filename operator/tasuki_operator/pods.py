@@ -178,6 +178,7 @@ def _environment(
         _secret("TASUKI_TRANSFER_KEY", key),
         _value("TASUKI_POD_NAME", "$(POD_NAMESPACE)/$(POD_NAME)"),
         _value("TASUKI_LEASE_SECONDS", str(transfer.lease_seconds)),
+        _value("TASUKI_PREFILL_THRESHOLD", str(spec.gateway.prefill_threshold)),
         _value("TASUKI_DRAIN_SECONDS", str(drain_seconds(spec))),
         {
             "name": "TASUKI_ENGINE",

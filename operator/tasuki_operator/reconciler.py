@@ -41,6 +41,8 @@ Manifest = dict[str, Any]
 
 _UNSETTLED_SECONDS = 1.5
 """Until the next look while something moves: the index tells of nothing by itself."""
+_PATIENCE = 1.3
+"""Grows the time between looks at what should move and does not."""
 
 
 class _GoneError(Exception):
@@ -64,6 +66,7 @@ class Reconciler:
     ) -> None:
         self._api, self._store, self._outside, self._around = api, store, outside, around
         self._metrics, self._endpoint, self._resync = metrics, endpoint, resync
+        self._unchanged: dict[Key, int] = {}
         self._applied: dict[tuple[str, str, str], tuple[str, str]] = {}
 
     async def reconcile(self, key: Key) -> float | None:
@@ -74,14 +77,17 @@ class Reconciler:
             return None
         try:
             refusal, spec = await self._children(key, body)
-            settled = await self._status(key, body, spec, refusal)
+            changed, settled = await self._status(key, body, spec, refusal)
         except _GoneError:
+            self._unchanged.pop(key, None)
             return None
         except ApiError as error:
             if error.reason == "NamespaceTerminating":
                 return None
             raise
-        return self._resync if settled else min(_UNSETTLED_SECONDS, self._resync)
+        looks = self._unchanged[key] = 0 if changed else self._unchanged.get(key, 0) + 1
+        patience = _UNSETTLED_SECONDS * _PATIENCE ** min(looks, 20)
+        return self._resync if settled else min(patience, self._resync)
 
     async def _children(self, key: Key, body: Manifest) -> tuple[Trouble | None, Spec | None]:
         """Makes them as wanted, or tells why it cannot; and the spec, where it is one."""
@@ -188,8 +194,8 @@ class Reconciler:
 
     async def _status(
         self, key: Key, body: Manifest, spec: Spec | None, refusal: Trouble | None
-    ) -> bool:
-        """Writes the status when it has changed; whether nothing moves."""
+    ) -> tuple[bool, bool]:
+        """Writes the status when it has changed; whether it has, and whether nothing moves."""
         before: Manifest = body.get("status") or {}
         said = status.of(await self._observed(key, body, spec, refusal))
         if said != before:
@@ -212,7 +218,7 @@ class Reconciler:
             await self._tell(result, before, said)
         self._count()
         ready, moving = (status.condition(said, kind) for kind in ("Ready", "Progressing"))
-        return bool(ready["status"] == "True" and moving["status"] == "False")
+        return said != before, ready["status"] == "True" and moving["status"] == "False"
 
     async def _observed(
         self, key: Key, body: Manifest, spec: Spec | None, refusal: Trouble | None

@@ -102,10 +102,15 @@ def _condition(seen: Observed, kind: str, said: Says) -> Manifest:
         "type": kind,
         "status": said.status,
         "reason": said.reason,
-        "message": said.message[:_TEXT],
+        "message": _sentence(said.message),
         "observedGeneration": seen.generation,
         "lastTransitionTime": before["lastTransitionTime"] if same else now,
     }
+
+
+def _sentence(text: str) -> str:
+    """Others' words end without a full stop at times."""
+    return text if text.endswith((".", "…")) and len(text) <= _TEXT else f"{text[:_TEXT]}."
 
 
 def _role(seen: Observed, role: Role) -> Manifest:
@@ -171,7 +176,6 @@ def _ready(seen: Observed, roles: Mapping[Role, Manifest], serving: Sequence[Mem
         before = condition(seen.previous, "Ready")
         if before.get("status") == "True" and roles["decode"]["ready"]:
             return Says("True", "IndexUnreachable", "Gateways go on with the pods they know.")
-        return Says("False", "IndexUnreachable", f"The index is away: {seen.index_error}.")
     if not answering:
         return _not_answering(seen, roles["decode"])
     if seen.gateways == 0:
@@ -184,6 +188,8 @@ def _not_answering(seen: Observed, decode: Manifest) -> Says:
     trouble = seen.refusal or troubles.worst(seen.pods["decode"])
     if trouble is not None:
         return Says("False", *trouble)
+    if seen.members is None:
+        return Says("False", "IndexUnreachable", f"The index is away: {seen.index_error}.")
     if decode["ready"]:
         return Says("False", "NotInIndex", "Decode pods are ready, but the index lists none yet.")
     return Says("False", "Starting", "No decode pod is ready yet.")

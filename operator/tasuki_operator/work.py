@@ -4,7 +4,10 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
+import aiohttp
+
 from tasuki_common import logs
+from tasuki_operator.api import ApiError
 from tasuki_operator.metrics import Metrics
 from tasuki_operator.store import Key
 
@@ -13,6 +16,9 @@ log = logs.get("tasuki.operator")
 _FIRST_DELAY, _LAST_DELAY = 0.5, 60.0
 _SETTLE = 0.02
 """Seconds in which the events of one change are taken together."""
+
+_EXPECTED = (ApiError, aiohttp.ClientError, OSError)
+"""An API server that is away, or that an object changed in between: no mistake of the operator."""
 
 Reconcile = Callable[[Key], Awaitable[float | None]]
 """Looks at one deployment; returns after how many seconds to look again (None: when told to)."""
@@ -66,12 +72,16 @@ class WorkQueue:
         result = "ok"
         try:
             again = await reconcile(key)
-        except (
-            Exception
-        ) as error:  # whatever it was, the others must go on, and this one tries again
+        except Exception as error:  # whatever it was: others must go on, this one tries again
             result, again = "error", self._delay(key)
-            log.exception("reconcile_failed", deployment=str(key), retry_seconds=round(again, 1))
             self._metrics.reconcile_errors.labels(type(error).__name__).inc()
+            tell = log.warning if isinstance(error, _EXPECTED) else log.exception
+            tell(
+                "reconcile_failed",
+                deployment=str(key),
+                reason=str(error) or type(error).__name__,
+                retry_seconds=round(again, 1),
+            )
         else:
             self._failures.pop(key, None)
         seconds = asyncio.get_running_loop().time() - begun

@@ -71,6 +71,13 @@ class PodConfig:
         default=30.0,
         metadata={"help": "How long a stopping pod waits for its requests and leases."},
     )
+    prefill_threshold: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Missing prompt tokens up to which a decode pod prefills itself; "
+            "none: the gateway's setting."
+        },
+    )
     engine: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"help": "Fields of the engine's configuration."}
     )

@@ -107,6 +107,7 @@ class Pod:
             hash_revision=engine.hash_revision,
             needs_checkpoint=engine.needs_checkpoint,
             draining=not self.ready,
+            prefill_threshold=config.prefill_threshold,
             load=Load(
                 running=stats.running,
                 waiting=stats.waiting,

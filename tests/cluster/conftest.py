@@ -1,4 +1,4 @@
-"""The cluster that the tests of this folder share, and why they skip where there is none.
+"""The cluster for each file of this folder, and why its tests skip where there is none.
 
 TASUKI_TEST_KUBECONFIG and TASUKI_TEST_CONTEXTS name another cluster to use; with
 TASUKI_REQUIRE_CLUSTER=1, as in CI, a machine that cannot run one is a failure and no skip.
@@ -22,9 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(300, func_only=True))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A cluster with a Ready node; the tests run on its network."""
+    """A new cluster with a Ready node; the tests of a file run on its network."""
     if external.configured():
         yield external.cluster()
         return

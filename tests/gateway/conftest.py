@@ -13,10 +13,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
     with contextlib.ExitStack() as stack:
 
         def starter(
-            *arguments: str, prefill: int = 1, decode: int = 2, redis_url: str | None = None
+            *arguments: str,
+            prefill: int = 1,
+            decode: int = 2,
+            redis_url: str | None = None,
+            pod_arguments: tuple[str, ...] = (),
         ) -> Stack:
             folder = tmp_path_factory.mktemp("gateway")
-            started = Stack(folder, prefill, decode, arguments, redis_url)
+            started = Stack(folder, prefill, decode, arguments, redis_url, pod_arguments)
             stack.callback(started.stop)
             return started
 

@@ -137,18 +137,25 @@ def test_token_ids_are_returned_when_asked_for(stack: Stack) -> None:
     assert choice["text"] == text
 
 
-def test_a_long_prompt_goes_through_a_prefill_pod_and_a_short_one_does_not(stack: Stack) -> None:
-    def tickets() -> list[bool]:
-        seen = [event for pod in stack.decode for event in pod.call("/seen")["seen"]]
-        return [event["ticket"] for event in seen if "ticket" in event]
+def hand_overs(stack: Stack) -> int:
+    seen = [event for pod in stack.decode for event in pod.call("/seen")["seen"]]
+    return sum(event["ticket"] for event in seen if "ticket" in event)
 
-    before = sum(tickets())
+
+def test_a_long_prompt_goes_through_a_prefill_pod_and_a_short_one_does_not(stack: Stack) -> None:
+    before = hand_overs(stack)
     stack.client.post("/v1/completions", json={"prompt": "short"})
-    assert sum(tickets()) == before
+    assert hand_overs(stack) == before
     stack.client.post("/v1/completions", json={"prompt": LONG})
-    assert sum(tickets()) == before + 1
+    assert hand_overs(stack) == before + 1
     stack.client.post("/v1/completions", json={"prompt": LONG, "prompt_logprobs": 1})
-    assert sum(tickets()) == before + 1
+    assert hand_overs(stack) == before + 1
+
+
+def test_what_the_pods_say_is_long_goes_before_what_the_gateway_thinks(start: Starter) -> None:
+    stack = start("--prefill-threshold", "0", pod_arguments=("--prefill-threshold", "100000"))
+    stack.client.post("/v1/completions", json={"prompt": LONG})
+    assert hand_overs(stack) == 0
 
 
 @pytest.mark.parametrize(

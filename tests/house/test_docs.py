@@ -11,6 +11,7 @@ import pytest
 from tasuki_cli.up import UpSettings
 from tasuki_gateway import bodies
 from tasuki_gateway.config import GatewayConfig
+from tasuki_operator.config import OperatorConfig
 from tasuki_pod.config import PodConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -30,6 +31,7 @@ def section(title: str) -> str:
         ("tasuki up", UpSettings),
         ("tasuki gateway", GatewayConfig),
         ("tasuki prefill, tasuki decode", PodConfig),
+        ("tasuki operator", OperatorConfig),
     ],
 )
 def test_the_documented_flags_are_the_real_ones(title: str, settings: Any) -> None:

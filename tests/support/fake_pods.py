@@ -138,6 +138,7 @@ class FakePod:
             hash_revision="r",
             needs_checkpoint=True,
             draining=self.draining,
+            prefill_threshold=options.prefill_threshold,
             load=Load(running=self.running, blocks_free=10**6, blocks_total=10**6),
         )
 
@@ -516,6 +517,7 @@ def main() -> None:
     parser.add_argument("--redis-url", default="")
     parser.add_argument("--tokenizer", default="", help="A tokenizer.json of another size.")
     parser.add_argument("--pause", type=float, default=0.0, help="Seconds between tokens.")
+    parser.add_argument("--prefill-threshold", type=int)
     parser.add_argument("--no-record", dest="record", action="store_false")
     asyncio.run(serve(parser.parse_args()))
 

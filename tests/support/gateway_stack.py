@@ -19,14 +19,16 @@ class Stack:
         decode: int,
         arguments: tuple[str, ...],
         redis_url: str | None = None,
+        pod_arguments: tuple[str, ...] = (),
     ) -> None:
         """Without `redis_url` the gateway learns of its pods by asking them."""
         self.log = folder / "gateway.log"
         index = ("--redis-url", redis_url) if redis_url else ()
+        common = (*index, *pod_arguments)
         self.prefill = [
-            fake_pods.Process("prefill", f"prefill-{i}", *index) for i in range(prefill)
+            fake_pods.Process("prefill", f"prefill-{i}", *common) for i in range(prefill)
         ]
-        self.decode = [fake_pods.Process("decode", f"decode-{i}", *index) for i in range(decode)]
+        self.decode = [fake_pods.Process("decode", f"decode-{i}", *common) for i in range(decode)]
         found = index or ("--seeds", ",".join(pod.url for pod in self.pods))
         self.gateway = fake_pods.GatewayProcess(*found, *arguments, port=free_port(), log=self.log)
         self.url = self.gateway.url

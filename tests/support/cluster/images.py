@@ -59,8 +59,14 @@ def busybox() -> str:
 @functools.cache
 def debian() -> str:
     """A minimal Debian from its packages, made once; the image's name."""
-    if _identity(DEBIAN):
-        return DEBIAN
+    with cache.locked("images"):
+        if not _identity(DEBIAN):
+            _bootstrap()
+    return DEBIAN
+
+
+def _bootstrap() -> None:
+    """Makes the image DEBIAN."""
     root = cache.folder() / "images" / "rootfs"
     shutil.rmtree(root, ignore_errors=True)
     include = "--include=ca-certificates"
@@ -70,7 +76,6 @@ def debian() -> str:
     _buildah("add", "--quiet", container, root, "/")
     _buildah("commit", "--quiet", "--rm", container, DEBIAN)
     shutil.rmtree(root)
-    return DEBIAN
 
 
 @functools.cache
@@ -90,7 +95,8 @@ def build(
     command += ["--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"]  # a proxy's certificate, if any
     for argument in arguments:
         command += ["--build-arg", argument]
-    _buildah(*command, "--file", dockerfile, "--tag", name, context)
+    with cache.locked("images"):
+        _buildah(*command, "--file", dockerfile, "--tag", name, context)
     return name
 
 

@@ -135,13 +135,18 @@ def forget_containers(machine: Machine) -> None:
 
 def load(machine: Machine, name: str) -> None:
     """Puts image `name` into containerd, unless the same content is there under that name."""
-    ctr = ["ctr", "--address", SOCKET, "--namespace", "k8s.io"]
-    label = "tasuki.dev/content"
-    content = images.identity(name)
-    if f"{label}={content}" in machine.run(*ctr, "images", "list", f"name=={name}"):
+    ctr = ["ctr", "--address", SOCKET, "--namespace", "k8s.io", "images"]
+    label = f"tasuki.dev/content={images.identity(name)}"
+    rows = [line.split() for line in machine.run(*ctr, "list").splitlines()[1:]]
+    before = [row for row in rows if row[0] == name]
+    if before and label in before[0][-1]:
         return
     archive = machine.folder / "image.tar"
     images.archive(name, archive)
-    machine.run(*ctr, "images", "import", archive, timeout=images.BUILD_SECONDS)
-    machine.run(*ctr, "images", "label", name, f"{label}={content}")
+    machine.run(*ctr, "import", archive, timeout=images.BUILD_SECONDS)
+    machine.run(*ctr, "label", name, label)
     archive.unlink()
+    # The kubelet's name for the old content; the layers that both have stay.
+    for row in rows:
+        if before and row[0] != name and row[2] == before[0][2]:
+            machine.run(*ctr, "delete", row[0])
