@@ -1,9 +1,9 @@
 """Decode rate of the engine on the CPU beside transformers with its cache, in one process and run.
 
-    python benchmarks/decode.py [--model FOLDER] [--threads 1] [--repeats 5] [--json FILE] [--plot FILE]
+    python benchmarks/decode.py [--model FOLDER] [--threads 1] [--repeats 5] [--plot FILE.png]
 
-Greedy, float32, 64-token prompts, equally many threads. A rate is (tokens - 1) of each sequence over
-the time beyond that of a first token alone; the two take turns, and medians count.
+Greedy, float32, 64-token prompts, equally many threads. A rate is (tokens - 1) of each sequence
+over the time beyond that of a first token alone; the two take turns, and medians count.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from tasuki_engine import LLM, SamplingParams
 
 DEMO = Path(__file__).parent.parent / "examples" / "models" / "demo"
@@ -35,7 +36,8 @@ def engine_generate(llm: LLM) -> Generate:
     """Continues prompts by so many tokens with the engine."""
 
     def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        # As min_new_tokens does: the end token is masked, not passed over.
+        params = SamplingParams(temperature=0.0, max_tokens=count, min_tokens=count)
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )

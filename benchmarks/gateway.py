@@ -9,11 +9,16 @@ whole (`index + prefill`: hashes, a look-up in Redis, a ticket, then the stream)
 PyPI, in an environment of their own:
 
     python -m venv /tmp/routers && /tmp/routers/bin/pip install sglang-router vllm-router
+
+A second table has the CPU time of one leg to a pod, 32 tokens streamed, by the HTTP client that
+makes it: ours, httpx, and aiohttp where it is installed.
 """
 
 import argparse
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import json
 import pydoc_data.topics
 import random
@@ -21,18 +26,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import psutil
 import tokenizers
+import uvloop
 
 SUPPORT = Path(__file__).parent.parent / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))
 
 import fake_pods  # noqa: E402
 from redis_server import RedisServer, free_port  # noqa: E402
+
+from tasuki_gateway.http_client import HttpClient  # noqa: E402
 
 CONNECTIONS = 16
 WORDS = 1000
@@ -183,6 +192,56 @@ def measure_other(name: str, command: list[str], count: int, folder: Path) -> Co
             process.wait(20)
 
 
+async def _leg_costs(url: str, count: int) -> dict[str, float]:
+    """CPU microseconds of this process per POST and streamed answer, by client."""
+    body = bodies(1, stream=True, max_tokens=STREAMED)[0]
+    room = asyncio.Semaphore(CONNECTIONS)
+    own = HttpClient(connect_timeout=2.0)
+
+    async def by_own() -> None:
+        response = await own.request("POST", url, body, silence=10)
+        await response.body()
+        response.close()
+
+    async def by_httpx() -> None:
+        async with spare.stream("POST", url, content=body) as answer:
+            async for _ in answer.aiter_raw():
+                pass
+
+    async def by_aiohttp() -> None:
+        async with session.post(url, data=body) as answer:
+            async for _ in answer.content.iter_any():
+                pass
+
+    async def cost(leg: Callable[[], Awaitable[None]]) -> float:
+        async def one() -> None:
+            async with room:
+                await leg()
+
+        await asyncio.gather(*(one() for _ in range(CONNECTIONS)))
+        before = time.process_time()
+        await asyncio.gather(*(one() for _ in range(count)))
+        return (time.process_time() - before) / count * 1e6
+
+    costs = {"tasuki": await cost(by_own)}
+    async with httpx.AsyncClient(timeout=10) as spare:
+        costs["httpx"] = await cost(by_httpx)
+    if importlib.util.find_spec("aiohttp"):
+        aiohttp = importlib.import_module("aiohttp")
+        async with aiohttp.ClientSession() as session:
+            costs["aiohttp"] = await cost(by_aiohttp)
+    own.close()
+    return costs
+
+
+def measure_legs(count: int, folder: Path) -> dict[str, float]:
+    """The second table."""
+    with workers("--tokenizer", str(folder / "tokenizer.json")) as pods:
+        url = pods[0].url + "/v1/chat/completions"
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_leg_costs(url, count))
+
+
 def _urls(pods: list[fake_pods.Process], separator: str) -> str:
     return separator.join(pod.url for pod in pods)
 
@@ -212,6 +271,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_tokenizer(folder / "tokenizer.json")
+        legs = measure_legs(options.requests, folder)
         redis = RedisServer(folder).start()
         try:
             own = "tasuki, index + prefill"
@@ -233,6 +293,9 @@ def main() -> None:
         sys.stdout.write(
             row.format(cost.name, *numbers, f"{cost.token:.1f}", f"{cost.resident:.0f}")
         )
+    sys.stdout.write(f"\n{'one leg of 32 tokens, by client':<42}{'µs':>18}\n")
+    for name, microseconds in legs.items():
+        sys.stdout.write(f"{name:<42}{microseconds:>18.0f}\n")
 
 
 if __name__ == "__main__":

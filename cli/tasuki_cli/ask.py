@@ -12,6 +12,10 @@ from tasuki_common import settings
 from tasuki_common.errors import ConfigError
 
 _CONNECT_SECONDS, _SILENCE_SECONDS = 5.0, 60.0
+_NO_PROXY: dict[str, httpx.BaseTransport | None] = dict.fromkeys(
+    ("all://127.0.0.1", "all://localhost", "all://[::1]")
+)
+"""A proxy from the environment cannot reach what runs on this machine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
     headers = {"Authorization": f"Bearer {chosen.api_key}"} if chosen.api_key else {}
     timeout = httpx.Timeout(_SILENCE_SECONDS, connect=_CONNECT_SECONDS)
     try:
-        with httpx.Client(base_url=chosen.url, headers=headers, timeout=timeout) as client:
+        with httpx.Client(
+            base_url=chosen.url, headers=headers, timeout=timeout, mounts=_NO_PROXY
+        ) as client:
             for text in _answer(client, chosen):
                 sys.stdout.write(text)
                 sys.stdout.flush()

@@ -59,6 +59,11 @@ class ChatTemplate:
             ) from error
         return cls(named, special_tokens)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the model's templates."""
+        return frozenset(self._templates)
+
     def render(
         self,
         messages: Sequence[Message],

@@ -48,14 +48,26 @@ class Decoder:
     """Cuts a byte stream into frames; keeps what is incomplete for the next call."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._parts: list[bytes] = []
+        self._missing = _HEADER.size
+        """Bytes until a header or a frame is complete: a long one is joined once."""
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Frames completed by `data`."""
-        data = self._rest + data if self._rest else data
+        """Frames completed by `data`.
+
+        Raises:
+            ValueError: a header names no kind of frame.
+        """
+        self._missing -= len(data)
+        if self._missing > 0:
+            self._parts.append(data)
+            return []
+        if self._parts:
+            data = b"".join([*self._parts, data])
         frames: list[Frame] = []
         start, end = 0, len(data)
-        while end - start >= _HEADER.size:
+        stop = _HEADER.size
+        while stop <= end:
             payload_bytes, num_tokens, choice, kind = _HEADER.unpack_from(data, start)
             tokens_at = start + _HEADER.size
             payload_at = tokens_at + 4 * num_tokens
@@ -66,5 +78,7 @@ class Decoder:
             frames.append(
                 Frame(Kind(kind), choice, data[tokens_at:payload_at], data[payload_at:stop])
             )
-        self._rest = data[start:]
+            stop = start + _HEADER.size
+        self._parts = [data[start:]] if start < end else []
+        self._missing = stop - end
         return frames

@@ -142,6 +142,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    fingerprint: str = ""
+    """Of the pods whose tokenizer made these tokens; a pod of another refuses them. Empty: any."""
     choice_offset: int = 0
     """`index` of the first of the n choices (prompt number x n for a list of prompts)."""
     echo: bool = False

@@ -7,6 +7,7 @@ import msgspec
 from tasuki_common.errors import RequestError
 
 MAX_LOGPROBS = 20
+MAX_STOPS = 64
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -73,6 +74,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
                 f"must be an int64, from {_INT64_MIN} to {_INT64_MAX}",
             )
         self._check("stop", "" not in stop, "must not hold an empty string")
+        if len(stop) > MAX_STOPS:
+            raise RequestError(
+                f"stop holds {len(stop)} strings; at most {MAX_STOPS} are watched for.",
+                param="stop",
+            )
         if self.max_tokens is not None:
             self._check("max_tokens", self.max_tokens >= 0, "must be 0 or more")
             self._check(

@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 ENV_PREFIX = "TASUKI_"
 MASK = "***"
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 
 _BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -59,12 +61,16 @@ def load(
 
 
 def describe(settings: object) -> dict[str, Any]:
-    """All fields by name, for printing at start; set fields with `secret` metadata are masked."""
+    """All fields by name, for printing at start; secrets and passwords in URLs are masked."""
     return {
-        field.name: MASK if field.metadata.get("secret") and value is not None else value
+        field.name: MASK if field.metadata.get("secret") and value is not None else _masked(value)
         for field in _fields(type(settings))
         for value in [getattr(settings, field.name)]
     }
+
+
+def _masked(value: Any) -> Any:
+    return _USER_INFO.sub(f"{MASK}@", value) if isinstance(value, str) else value
 
 
 class _Parser(argparse.ArgumentParser):

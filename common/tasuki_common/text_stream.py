@@ -36,8 +36,6 @@ class TextStream:
         """`primed_token_ids`: output tokens whose deltas were already sent by another stream."""
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=sampling.skip_special_tokens)
         self._stops = tuple(sampling.stop or ())
-        self._prefixes = frozenset(s[:i] for s in self._stops for i in range(1, len(s)))
-        self._max_held = max((len(stop) for stop in self._stops), default=1) - 1
         self._keeps_stop = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
         self._wants_offsets = sampling.logprobs is not None
@@ -136,7 +134,10 @@ class TextStream:
 
     def _overlap(self, text: str) -> int:
         """Length of the longest end of `text` that may begin a stop string."""
-        for length in range(min(self._max_held, len(text)), 0, -1):
-            if text[-length:] in self._prefixes:
-                return length
-        return 0
+        longest = 0
+        for stop in self._stops:
+            at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while at >= 0 and not stop.startswith(text[at:]):
+                at = text.find(stop[0], at + 1)
+            longest = max(longest, len(text) - at if at >= 0 else 0)
+        return longest

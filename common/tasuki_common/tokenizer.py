@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 
 from tasuki_common import detokenizer
@@ -57,7 +58,7 @@ class Tokenizer:
         self.special_ids = frozenset(
             id_ for id_, token in inner.get_added_tokens_decoder().items() if token.special
         )
-        self.eos_token_ids = self._eos_token_ids(generation, _read_json(files, "config.json"))
+        self.eos_token_ids = eos_token_ids(files)
         """All ids that end a text, the tokenizer's own first."""
         self._token_bytes: dict[int, bytes] = {}
 
@@ -151,15 +152,39 @@ class Tokenizer:
             return bytes([piece]) if isinstance(piece, int) else piece.encode()
         return (stream.push([token_id]) + stream.flush()).encode()
 
-    def _eos_token_ids(self, generation: dict[str, Any], config: dict[str, Any]) -> tuple[int, ...]:
-        ids: list[int] = []
-        own = self._inner.token_to_id(self.special_tokens.get("eos_token", ""))
-        if own is not None:
-            ids.append(own)
-        declared = generation.get("eos_token_id", config.get("eos_token_id"))
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _AddedTokens(msgspec.Struct):
+    """Of tokenizer.json, what is quick to read."""
+
+    added_tokens: list[_AddedToken] = []
+
+
+def eos_token_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
+    """All ids that end a text: the tokenizer's own, then what the configurations name.
+
+    generation_config.json has precedence over config.json; both may be behind the tokenizer, whose
+    own end is what a chat template writes.
+
+    Raises:
+        ConfigError: a file does not parse.
+    """
+    text = _special_tokens(files, _read_json(files, "tokenizer_config.json")).get("eos_token")
+    try:
+        added = msgspec.json.decode(files.get("tokenizer.json", b"{}"), type=_AddedTokens)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"tokenizer.json of the model cannot be read: {error}") from error
+    ids = [token.id for token in added.added_tokens if token.content == text]
+    for name in ("generation_config.json", "config.json"):
+        declared = _read_json(files, name).get("eos_token_id")
         if declared is not None:
             ids += declared if isinstance(declared, list) else [declared]
-        return tuple(dict.fromkeys(ids))
+            break
+    return tuple(dict.fromkeys(ids))
 
 
 def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -181,6 +206,8 @@ def _special_tokens(files: Mapping[str, bytes], config: dict[str, Any]) -> dict[
         token = declared.get(name)
         if isinstance(token, dict):  # an AddedToken
             token = token.get("content")
+        if token and not isinstance(token, str):
+            raise ConfigError(f"{name} of the model is {token!r}; it must be a string.")
         if token:
             tokens[name] = token
     return tokens

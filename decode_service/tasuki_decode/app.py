@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from tasuki_common import logs, tracing
-from tasuki_common.errors import DeadlineError, RequestError, TasukiError
+from tasuki_common.errors import DeadlineError, OverloadedError, RequestError, TasukiError
 from tasuki_common.frames import CONTENT_TYPE, Kind, encode
 from tasuki_common.messages import GenerateRequest
 from tasuki_common.tokenizer import Tokenizer
@@ -25,6 +25,12 @@ from tasuki_pod.pod import Pod
 log = logs.get("tasuki.decode")
 
 _CANCELLED = "The request was cancelled."
+_OUTCOMES: dict[type[TasukiError], str] = {
+    DeadlineError: "deadline",
+    EngineLostError: "retry",
+    OverloadedError: "overloaded",
+    RequestError: "refused",
+}
 _HEADERS = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")]
 
 
@@ -52,7 +58,7 @@ class Generations:
         """POST /generate: GenerateRequest → frames; closing the connection cancels."""
         with self._pod.admission():
             request = await read_message(receive, self._decoder)
-            _check(request)
+            _check(request, self._pod)
             generation = Generation(self._pod, await self._tokenizer_of_model(), request)
             name, pod = request.request_id, self._pod.config.pod_name
             try:
@@ -98,7 +104,8 @@ class Generations:
                 await send(start)
                 await generation.stream(write)
         except TasukiError as error:
-            self._pod.metrics.request_ended(type(error).__name__)
+            outcome = "cancelled" if term.cancelled else _OUTCOMES.get(type(error), "error")
+            self._pod.metrics.request_ended(outcome)
             if not begun:
                 raise
             kind = Kind.RETRY if isinstance(error, EngineLostError) else Kind.ERROR
@@ -129,16 +136,16 @@ class _Term(contextlib.AbstractAsyncContextManager[None]):
     def __init__(self, seconds: float) -> None:
         self._scope = asyncio.timeout(seconds)
         self._entered = False
-        self._cancelled = False
+        self.cancelled = False
 
     def cancel(self) -> None:
         """Ends the block, wherever it waits."""
-        self._cancelled = True
-        if self._entered:
+        self.cancelled = True
+        if self._entered and not self._scope.expired():
             self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def __aenter__(self) -> None:
-        if self._cancelled:
+        if self.cancelled:
             raise RequestError(_CANCELLED)
         await self._scope.__aenter__()
         self._entered = True
@@ -153,7 +160,7 @@ class _Term(contextlib.AbstractAsyncContextManager[None]):
         try:
             await self._scope.__aexit__(kind, error, trace)
         except TimeoutError as over:
-            if self._cancelled:
+            if self.cancelled:
                 raise RequestError(_CANCELLED) from over
             raise DeadlineError("The request's deadline passed before it was done.") from over
 
@@ -164,7 +171,12 @@ def _note_failure(loading: "asyncio.Future[Tokenizer]") -> None:
         log.error("no_tokenizer", reason=str(error))
 
 
-def _check(request: GenerateRequest) -> None:
+def _check(request: GenerateRequest, pod: Pod) -> None:
+    if request.fingerprint not in ("", pod.engine.fingerprint):
+        raise OverloadedError(
+            f"Pod {pod.config.pod_name} serves {pod.engine.fingerprint}, not "
+            f"{request.fingerprint} that the prompt was tokenized for; ask another one."
+        )
     if request.resume and len(request.resume) != request.sampling.n:
         raise RequestError(
             f"resume has {len(request.resume)} choices, n is {request.sampling.n}.", param="resume"

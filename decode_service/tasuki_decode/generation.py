@@ -71,6 +71,7 @@ class Generation:
             if not choice.finished
         }
         self._unheard = set(self._open)
+        self._first = next(iter(self._open), "")
 
     async def admit(self) -> None:
         """Takes over the prefix, if there is one, and puts the choices into the engine's queue.
@@ -159,11 +160,13 @@ class Generation:
     def _engine_requests(self) -> list[EngineRequest]:
         request, prompt = self._request, self._request.prompt_token_ids
         remaining = request.timeout - (time.monotonic() - self._arrived)
+        # A prompt that a lost pod has scored already may come from a cache.
+        unscored = msgspec.structs.replace(request.sampling, prompt_logprobs=None)
         return [
             EngineRequest(
                 request_id=name,
                 prompt_token_ids=prompt,
-                sampling=request.sampling,
+                sampling=unscored if choice.num_resumed else request.sampling,
                 output_token_ids=choice.token_ids[len(prompt) :],
                 sample_index=choice.index,
                 priority=request.priority,
@@ -185,7 +188,7 @@ class Generation:
         self._measure(choice, output)
         first = output.request_id in self._unheard
         if first:
-            self._hear_first(choice, output)
+            self._hear_first(output)
         delta = choice.text.push(output.token_ids, output.finish_reason, output.stop_reason)
         self._num_tokens += len(delta.token_ids)
         if first and not choice.num_resumed:
@@ -203,9 +206,9 @@ class Generation:
             self._pod.metrics.request_ended(delta.finish_reason or "stop")
         return encode(kind, choice.index, list(delta.token_ids), payload)
 
-    def _hear_first(self, choice: _Choice, output: TokenOutput) -> None:
+    def _hear_first(self, output: TokenOutput) -> None:
         """The engine has begun with it: it holds what it needs of the prefix."""
-        if choice.index == min(other.index for other in self._open.values()):
+        if output.request_id == self._first:  # the others may hit what it computed
             self._pod.metrics.hit_depth.observe(output.num_cached_tokens)
             elsewhere = 0
             if self._prefix is not None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 NULL = 0
 
-OnName = Callable[[bytes, bool], None]
-"""Called with a name and whether it came (True) or went (False)."""
+OnName = Callable[[bytes, bool, bytes], None]
+"""Called with a name, whether it came (True) or went (False), and, if it came, its parent's."""
 
 
 class IntegrityError(AssertionError):
@@ -91,8 +91,8 @@ class Pool:
         self._forget(unit)
         self._free.append(unit)
 
-    def publish(self, unit: int, name: bytes, *, dear: bool = False) -> bool:
-        """Names a held unit, so that it can be found.
+    def publish(self, unit: int, name: bytes, *, parent: bytes = b"", dear: bool = False) -> bool:
+        """Names a held unit, so that it can be found; `parent` is told on with the name.
 
         False if another unit bears the name already: this one then stays its owner's alone. A dear
         unit is forgotten only after all others.
@@ -105,16 +105,12 @@ class Pool:
         if self._names[unit] is None:
             self._names[unit] = name
             if self._on_name is not None:
-                self._on_name(name, True)
+                self._on_name(name, True, parent)
         return True
 
     def find(self, name: bytes) -> int | None:
         """The unit of that name."""
         return self._by_name.get(name)
-
-    def names(self) -> list[bytes]:
-        """All names that can be found now."""
-        return list(self._by_name)
 
     def _make_dear(self, unit: int) -> None:
         if not self._dear[unit]:
@@ -143,7 +139,7 @@ class Pool:
         self._names[unit] = None
         del self._by_name[name]
         if self._on_name is not None:
-            self._on_name(name, False)
+            self._on_name(name, False, b"")
 
     def check(self, owners: Counter[int]) -> None:
         """Recounts the books; `owners` says how many references each unit should have.

@@ -66,7 +66,10 @@ class Imports:
         for name, units in prefix.units.items():
             pool = pools[name]
             for ordinal, unit in units.items():
-                pool.publish(unit, prefix.names[ordinal], dear=pool is self._cache.slots)
+                parent = prefix.names[ordinal - 1] if ordinal and pool is self._cache.full else b""
+                pool.publish(
+                    unit, prefix.names[ordinal], parent=parent, dear=pool is self._cache.slots
+                )
         prefix.committed = True
 
     def cancel(self, prefix_id: str) -> None:

@@ -98,12 +98,6 @@ class ModelConfig:
         given = self.get("head_dim", None)
         return int(given or self.get("hidden_size") // self.get("num_attention_heads"))
 
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """From this file alone; `generation_config.json` may name more."""
-        value = self.get("eos_token_id", ())
-        return (value,) if isinstance(value, int) else tuple(value)
-
     def layer_types(self) -> list[str]:
         """One of "mamba", "attention", "sliding_attention", "mlp", "moe" per layer."""
         pattern = self.get("hybrid_override_pattern", None)

@@ -52,10 +52,10 @@ class PrefixCache:
         self._window_tokens = window
         self._events: list[CacheEvent] = []
 
-        def note_block(name: bytes, stored: bool) -> None:
-            self._events.append(CacheEvent("block", stored, name))
+        def note_block(name: bytes, stored: bool, parent: bytes) -> None:
+            self._events.append(CacheEvent("block", stored, name, parent))
 
-        def note_checkpoint(name: bytes, stored: bool) -> None:
+        def note_checkpoint(name: bytes, stored: bool, _: bytes) -> None:
             self._events.append(CacheEvent("checkpoint", stored, name))
 
         self.full = Pool("full", num_blocks, keep=keep, on_name=note_block) if num_blocks else None

@@ -90,8 +90,8 @@ class CacheEvent(msgspec.Struct, frozen=True, array_like=True):
     stored: bool
     hash: bytes
     parent: bytes = b""
-    """Of a stored block: name of the block before it; empty for the first block of a prompt. The
-    index cuts a chain at its first hole with it."""
+    """Of a stored block: name of the block before it; empty for the first block of a prompt, and
+    where blocks behind a window go first. The index cuts a chain at its first hole with it."""
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

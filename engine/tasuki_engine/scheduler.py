@@ -19,6 +19,10 @@ from tasuki_engine.block_tables import BlockTables, put
 from tasuki_engine.prefix_cache import Match, PrefixCache
 from tasuki_engine.sequence import Sequence, State
 
+_SCORED_TOKENS = 1024
+"""Prompt tokens of one sequence and step whose log-probabilities are asked for: the logits of them
+all, float32 over the whole vocabulary, are in memory at once."""
+
 
 @dataclasses.dataclass(slots=True)
 class PlannedCheckpoint:
@@ -95,6 +99,9 @@ class Scheduler:
         if state is not State.PINNED:
             self._drop_units(seq)
         seq.state = state
+        if len(self._waiting) > 2 * self.num_waiting + 64:
+            self._waiting = [entry for entry in self._waiting if entry[1].state is State.WAITING]
+            heapq.heapify(self._waiting)
 
     def schedule(self) -> list[Part]:
         """The next step's parts, those of one token first; may be empty."""
@@ -151,7 +158,7 @@ class Scheduler:
 
     def _continue(self, seq: Sequence, budget: int, parts: dict[Sequence, Part]) -> int:
         """Gives a running sequence up to `budget` tokens; returns how many of it are gone."""
-        wanted = min(seq.target - seq.num_computed, budget)
+        wanted = _wanted(seq, budget)
         given_back = 0
         while (tokens := self._grow(seq, wanted)) == 0:
             victim = self._victim(seq)
@@ -210,7 +217,7 @@ class Scheduler:
                 self.blocked = None if self.running else seq
                 return
             heapq.heappop(self._waiting)
-            tokens = min(seq.target - seq.num_computed, budget)
+            tokens = _wanted(seq, budget)
             if tokens == 0:
                 continue
             tokens = self._grow(seq, tokens)
@@ -227,24 +234,30 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Gives a waiting sequence a row and all units of its known tokens, or nothing."""
         match = self._match(seq)
-        self._cache.hold(match)
         complete = seq.request.hand_over and match.depth == seq.resumable_blocks
-        num_blocks = -(-seq.target // seq.block_size)
+        missing = -(-seq.target // seq.block_size) - len(match.full)
         full, slots = self._cache.full, self._cache.slots
         needs_slot = slots is not None and not complete
-        if (
-            (full is not None and full.available < num_blocks - len(match.full))
-            or (slots is not None and needs_slot and slots.available < 1)
-            or (self._cache.window is not None and self._cache.window.available < 1)
-        ):
+        if not self._has_room(missing, needs_slot=needs_slot):
+            return False
+        self._cache.hold(match)  # what is held is no longer room
+        if not self._has_room(missing, needs_slot=needs_slot):
             self._cache.drop(match)
             return False
         self._start(seq, match, needs_slot=needs_slot)
         if full is not None:
-            blocks = take(full, num_blocks - len(match.full))
+            blocks = take(full, missing)
             put(self._tables.full, seq.row, len(seq.full), blocks)
             seq.full += blocks
         return True
+
+    def _has_room(self, num_blocks: int, *, needs_slot: bool) -> bool:
+        full, window, slots = self._cache.full, self._cache.window, self._cache.slots
+        return not (
+            (full is not None and full.available < num_blocks)
+            or (slots is not None and needs_slot and slots.available < 1)
+            or (window is not None and window.available < 1)
+        )
 
     def _match(self, seq: Sequence) -> Match:
         if not seq.reads_cache or seq.wants_prompt_logprobs:
@@ -331,7 +344,8 @@ class Scheduler:
         for number in range(seq.num_published, computed):
             name = seq.names[number]
             if self._cache.full is not None:
-                self._cache.full.publish(seq.full[number], name)
+                parent = seq.names[number - 1] if number else b""
+                self._cache.full.publish(seq.full[number], name, parent=parent)
             if self._cache.window is not None:
                 self._cache.window.publish(seq.window[number], name)
         seq.num_published = computed
@@ -368,3 +382,9 @@ def take(pool: Pool, count: int) -> list[int]:
     units = pool.take(count)
     assert units is not None, f"pool {pool.name} promised {count} units"
     return units
+
+
+def _wanted(seq: Sequence, budget: int) -> int:
+    """Tokens that a sequence can use of `budget`."""
+    limit = _SCORED_TOKENS if seq.wants_prompt_logprobs else budget
+    return min(seq.target - seq.num_computed, budget, limit)

@@ -7,13 +7,15 @@ silence.
 """
 
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from tasuki_common.errors import RequestError
 
 T = TypeVar("T", bound="_Sampled | Tokenize | Detokenize")
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""Of what has no bounds of its own, as much as pods can be sent."""
 
 NO_EFFECT = frozenset(
     [
@@ -69,7 +71,7 @@ class _Sampled(msgspec.Struct, kw_only=True):
     n: int = 1
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int64 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
@@ -80,7 +82,7 @@ class _Sampled(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = None
-    min_tokens: int = 0
+    min_tokens: Int64 = 0
     logit_bias: dict[str, float] | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -88,7 +90,7 @@ class _Sampled(msgspec.Struct, kw_only=True):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     cache_salt: str | None = None
-    priority: int = 0
+    priority: Int64 = 0
 
 
 class Completion(_Sampled):

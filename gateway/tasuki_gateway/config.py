@@ -1,7 +1,12 @@
 """Settings of the gateway's process."""
 
 import dataclasses
+import re
 from typing import Any, Literal
+
+from tasuki_common.errors import ConfigError
+
+_SEED = re.compile(r"http://(\[[^\]]+\]|[^\s:/@?#]+)(:\d{1,5})?/?")
 
 
 def _setting(default: Any, text: str, **metadata: Any) -> Any:
@@ -39,4 +44,12 @@ class GatewayConfig:
     inline_characters: int = _setting(
         16_384, "Prompts longer than this are tokenized in a thread; shorter ones at once."
     )
+    trust_request_chat_template: bool = _setting(
+        False, "Run chat templates that requests bring; one can take all CPU and memory."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least level.")
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds:
+            if not _SEED.fullmatch(seed):
+                raise ConfigError(f"seeds holds {seed!r}; it must be like http://host:port.")

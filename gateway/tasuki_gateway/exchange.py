@@ -27,6 +27,12 @@ class ClientGone(Exception):  # noqa: N818 - what clients do
     """The client left before its request was read."""
 
 
+def end_now(limit: asyncio.Timeout) -> None:
+    """Ends what runs within `limit`, if it does not end already."""
+    if not limit.expired():
+        limit.reschedule(asyncio.get_running_loop().time())
+
+
 class Exchange:
     """Reads a request, writes its answer, and notices when the client leaves."""
 
@@ -83,7 +89,7 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.gone = True
-        self.limit.reschedule(asyncio.get_running_loop().time())
+        end_now(self.limit)
 
     async def write(self, payload: bytes) -> None:
         """A piece of a stream; the first one starts it."""

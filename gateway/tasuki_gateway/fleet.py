@@ -9,7 +9,6 @@ runs out. What a silent pod still had to answer is failed when it leaves, and go
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
@@ -30,6 +29,8 @@ SUSPECT_SECONDS = 0.2
 """Between refreshes while a pod is suspect: its return is awaited."""
 SILENCE_SECONDS = 6.0
 """A pod on a busy machine may miss a question; this is no longer busy."""
+FORGET_SECONDS = 600.0
+"""A name without a ready decode pod answers 503 for so long, and then 404."""
 _ASK_SECONDS = 2.0
 _member_decoder = msgspec.msgpack.Decoder(Member)
 
@@ -120,16 +121,20 @@ class Fleet:
         self, client: HttpClient, index: Index | None, seeds: Iterable[str], inline_characters: int
     ) -> None:
         self.groups: dict[str, Group] = {}
-        """By served name and alias; only names with a ready decode pod."""
+        """Where new requests go, by served name and alias; only names with a ready decode pod."""
         self.names: dict[str, ModelText] = {}
-        """All names ever served, ready now or not."""
+        """All names served of late, ready now or not."""
         self._client = client
         self._index = index
         self._seeds = tuple(seed.rstrip("/") for seed in seeds)
         self._inline_characters = inline_characters
         self._pods: dict[str, Pod] = {}
+        self._all_groups: dict[tuple[str, str], Group] = {}
         self._texts: dict[str, ModelText] = {}
+        self._unusable: set[str] = set()
+        """Incarnations whose card cannot be used; they are not asked for it again."""
         self._serving: dict[str, str] = {}
+        self._served_at: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
 
@@ -170,10 +175,17 @@ class Fleet:
             self._regroup()
             self._wake.set()
 
-    def awaits(self, name: str) -> bool:
-        """Whether a decode pod of `name` was here a moment ago and may return."""
+    def group(self, name: str, fingerprint: str) -> Group | None:
+        """The ready pods for a request that began under `fingerprint`, during a rollout too."""
+        return self._all_groups.get((name, fingerprint))
+
+    def awaits(self, name: str, fingerprint: str) -> bool:
+        """Whether such a decode pod was here a moment ago and may return."""
         return any(
-            pod.suspect and pod.member.role == "decode" and name in pod.names
+            pod.suspect
+            and pod.member.role == "decode"
+            and pod.member.fingerprint == fingerprint
+            and name in pod.names
             for pod in self._pods.values()
         )
 
@@ -238,9 +250,12 @@ class Fleet:
         alive = {pod.member.fingerprint for pod in self._pods.values()}
         alive |= set(self._serving.values())
         self._texts = {name: text for name, text in self._texts.items() if name in alive}
+        self._unusable &= {pod.member.incarnation for pod in self._pods.values()}
         for pod in list(self._pods.values()):
             member = pod.member
             if member.fingerprint in self._texts or pod.suspect:
+                continue
+            if member.incarnation in self._unusable:
                 continue
             try:
                 status, packed = await self._get(member.url + "/card")
@@ -250,6 +265,7 @@ class Fleet:
             except UpstreamError:
                 continue
             except (msgspec.MsgspecError, ConfigError) as error:
+                self._unusable.add(member.incarnation)
                 log.error("card_unusable", pod=member.pod, error=str(error))
                 continue
             self._texts[member.fingerprint] = text
@@ -260,22 +276,32 @@ class Fleet:
             for pod in self._pods.values()
             if not pod.suspect and not pod.member.draining and pod.member.fingerprint in self._texts
         ]
-        by_name: dict[str, list[Pod]] = {}
+        pods: dict[tuple[str, str], list[Pod]] = {}
         for pod in usable:
             for name in pod.names:
-                by_name.setdefault(name, []).append(pod)
+                pods.setdefault((name, pod.member.fingerprint), []).append(pod)
+        every = {key: Group(self._texts[key[1]], members) for key, members in pods.items()}
+        self._all_groups = {key: group for key, group in every.items() if group.decode}
         groups: dict[str, Group] = {}
-        for name, pods in by_name.items():
-            decoding = Counter(p.member.fingerprint for p in pods if p.member.role == "decode")
-            chosen = routing.pick_fingerprint(decoding, self._serving.get(name))
-            if chosen is not None:
-                self._serving[name] = chosen
-                text = self.names[name] = self._texts[chosen]
-                groups[name] = Group(text, (p for p in pods if p.member.fingerprint == chosen))
+        for name in {name for name, _ in self._all_groups}:
+            sizes = {f: len(g.decode) for (n, f), g in self._all_groups.items() if n == name}
+            chosen = routing.pick_fingerprint(sizes, self._serving.get(name))
+            self._serving[name] = chosen
+            groups[name] = self._all_groups[name, chosen]
+            self.names[name] = groups[name].text
         self.groups = groups
+        self._forget_names()
         _count(groups)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+    def _forget_names(self) -> None:
+        """Of models that have gone for good; their tokenizers are large."""
+        now = time.monotonic()
+        self._served_at |= dict.fromkeys(self.groups, now)
+        for name, at in list(self._served_at.items()):
+            if now - at > FORGET_SECONDS:
+                del self._served_at[name], self._serving[name], self.names[name]
 
 
 def _count(groups: dict[str, Group]) -> None:

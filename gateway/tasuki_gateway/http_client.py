@@ -1,8 +1,8 @@
 """A pooled HTTP/1.1 client for the legs to the pods: one `asyncio.Protocol` over httptools.
 
-General clients spend more CPU on a request than the rest of the gateway (benchmarks/gateway.py has
-the comparison), and a relay needs little of them: a body known in advance, an answer read as it
-comes, a deadline on each phase, and cancellation by closing the connection.
+A relay needs little of a client: a body known in advance, an answer read as it comes, a deadline on
+each phase, and cancellation by closing the connection. For a streamed answer httpx takes six times
+the CPU of this, aiohttp half as much again (benchmarks/gateway.py measures it).
 
     UpstreamError
     ├── ConnectError    nothing was sent
@@ -36,13 +36,22 @@ class SilentError(UpstreamError):
     """The pod sent nothing within the time allowed."""
 
 
+class _Host:
+    """Connections to one address."""
+
+    def __init__(self) -> None:
+        self.idle: list[_Connection] = []
+        self.active: set[_Connection] = set()
+
+
 class _Connection(asyncio.Protocol):
     """One connection; carries one exchange at a time."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, host: _Host) -> None:
         self.address = address
         self.transport: asyncio.Transport
         self.open = False
+        self._host = host
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -133,9 +142,15 @@ class _Connection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self in self._host.idle:
+            self._host.idle.remove(self)
         self.fail(BrokenError(f"{self.address} closed the connection before its answer was whole."))
 
     # httptools callbacks
+    def on_message_begin(self) -> None:
+        if self.complete:  # it must not become the answer to the next request
+            raise httptools.HttpParserError("an answer to nothing")
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.lower()] = value
 
@@ -157,7 +172,7 @@ class _Connection(asyncio.Protocol):
 class Response:
     """The answer of a pod, read as it arrives; `close` it in every case."""
 
-    def __init__(self, connection: _Connection, host: "_Host") -> None:
+    def __init__(self, connection: _Connection, host: _Host) -> None:
         self.status = connection.status
         self.headers = connection.headers
         self._connection = connection
@@ -201,14 +216,6 @@ class Response:
             self._host.idle.append(connection)
         else:
             connection.close()
-
-
-class _Host:
-    """Connections to one address."""
-
-    def __init__(self) -> None:
-        self.idle: list[_Connection] = []
-        self.active: set[_Connection] = set()
 
 
 class HttpClient:
@@ -256,31 +263,31 @@ class HttpClient:
 
     async def _connect(self, name: str, port: int, host: _Host) -> tuple[_Connection, bool]:
         """A connection, and whether it was used before."""
-        while host.idle:
-            connection = host.idle.pop()
-            if connection.open:
-                return connection, True
+        if host.idle:
+            return host.idle.pop(), True
         address = f"{name}:{port}"
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, fresh = await loop.create_connection(lambda: _Connection(address), name, port)
+                _, fresh = await loop.create_connection(
+                    lambda: _Connection(address, host), name, port
+                )
         except (OSError, TimeoutError) as error:
             raise ConnectError(f"{address} took no connection: {error or 'time out'}.") from error
         return fresh, False
 
     def abandon(self, url: str, reason: str) -> None:
-        """Fails all exchanges with the host of `url`, and forgets it."""
+        """Fails all exchanges with the host of `url`."""
         address = urlsplit(url).netloc
-        if (host := self._hosts.pop(address, None)) is not None:
+        if (host := self._hosts.get(address)) is not None:
             for connection in list(host.active):
                 connection.fail(SilentError(f"{address} {reason}."))
-            for connection in host.idle:
-                connection.close()
+            while host.idle:
+                host.idle.pop().close()
 
     def close(self) -> None:
         """Ends all connections."""
-        for address in list(self._hosts):
+        for address in self._hosts:
             self.abandon(f"//{address}", "is no longer wanted: the client closes")
 
 

@@ -28,6 +28,8 @@ log = logs.get("tasuki.gateway")
 
 _BACKLOG = 4096
 _LAST_WORDS_SECONDS = 5
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than balancers keep idle connections (60 s): whoever closes first must be the client."""
 
 
 class _Server(uvicorn.Server):
@@ -60,13 +62,13 @@ def main(argv: Sequence[str]) -> int:
     """Serves until a signal; returns the exit status."""
     try:
         config = settings.load(GatewayConfig, argv, prog="tasuki gateway")
+        logs.setup("gateway", config.log_level)
         tracing.setup("gateway", socket.gethostname())
+        gateway = Gateway(config)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    logs.setup("gateway", config.log_level)
     log.info("starting", **settings.describe(config))
-    gateway = Gateway(config)
     server = _Server(
         uvicorn.Config(
             gateway.app,
@@ -79,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
             access_log=False,
             server_header=False,
             backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS_SECONDS,
         ),
         gateway,

@@ -5,6 +5,7 @@ import asyncio
 import msgspec
 
 from tasuki_common.chat import ChatTemplate
+from tasuki_common.errors import ConfigError
 from tasuki_common.messages import ModelCard
 from tasuki_common.tokenizer import Tokenizer
 from tasuki_gateway import word_cache
@@ -35,7 +36,13 @@ async def load(packed: bytes, *, inline_characters: int) -> ModelText:
 
     Raises:
         msgspec.MsgspecError: it is no card.
-        ConfigError: the model has no tokenizer that we can read.
+        ConfigError: the model's files are not what we can read.
     """
     card = msgspec.msgpack.decode(packed, type=ModelCard)
-    return await asyncio.to_thread(ModelText, card, inline_characters=inline_characters)
+    try:
+        return await asyncio.to_thread(ModelText, card, inline_characters=inline_characters)
+    except ConfigError:
+        raise
+    except Exception as error:  # files of a model may hold anything; other models must go on
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the files of {card.model} cannot be read: {reason}") from error

@@ -1,16 +1,18 @@
 """From a client's prompt to token ids, held against the model's vocabulary and context."""
 
+import asyncio
 from typing import Any
 
 import msgspec
 
 from tasuki_common.errors import RequestError
 from tasuki_gateway import bodies, sampling
+from tasuki_gateway.config import GatewayConfig
 from tasuki_gateway.models import ModelText
 
 
 async def completion_prompts(
-    body: bodies.Completion, text: ModelText, max_prompts: int
+    body: bodies.Completion, text: ModelText, config: GatewayConfig
 ) -> list[list[int]]:
     """The token ids of each prompt of a /v1/completions request.
 
@@ -22,23 +24,37 @@ async def completion_prompts(
         raise RequestError("prompt is required.", param="prompt")
     several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], list | str)
     prompts = prompt if several else [prompt]
-    if len(prompts) > max_prompts:
+    if len(prompts) > config.max_prompts:
         raise RequestError(
-            f"prompt holds {len(prompts)} prompts; at most {max_prompts} go into one request.",
+            f"prompt holds {len(prompts)} prompts; at most {config.max_prompts} go into one "
+            "request.",
             param="prompt",
         )
     special = body.add_special_tokens is not False
-    return [await _token_ids(one, text, add_special_tokens=special) for one in prompts]
+    ids = []
+    for one in prompts:
+        ids.append(await _token_ids(one, text, add_special_tokens=special))
+        await asyncio.sleep(0)  # a short prompt is tokenized on the spot; many are not short
+    return ids
 
 
-async def chat_prompt(body: bodies.Chat | bodies.Tokenize, text: ModelText) -> list[int]:
+async def chat_prompt(
+    body: bodies.Chat | bodies.Tokenize, text: ModelText, config: GatewayConfig
+) -> list[int]:
     """The token ids of messages, through the model's chat template.
 
     Raises:
-        RequestError: the template refuses the messages.
+        RequestError: the template refuses the messages, or is the client's own and not trusted.
     """
     if not body.messages:
         raise RequestError("messages is empty.", param="messages")
+    named = body.chat_template is None or body.chat_template in text.template.names
+    if not named and not config.trust_request_chat_template:
+        raise RequestError(
+            "chat_template is served as the name of one of the model's templates only: this "
+            "gateway runs no templates of its clients (--trust-request-chat-template).",
+            param="chat_template",
+        )
     rendered = text.template.render(
         body.messages,
         documents=body.documents,

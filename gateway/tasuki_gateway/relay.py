@@ -45,6 +45,7 @@ log = logs.get("tasuki.gateway")
 Sink = Callable[[bytes], Awaitable[None]]
 
 _BACKOFF = (0.0, 0.1, 0.5, 2.0)
+_BUSY_SECONDS = 0.5
 _GOODBYE_SECONDS = 2.0
 _BUSY = (429, 503)
 _DEADLINE = 504
@@ -67,6 +68,10 @@ class PodLost(Exception):  # noqa: N818 - an event of the relay, not an error of
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class AllBusyError(OverloadedError):
+    """Every decode pod is at its limits."""
 
 
 class Legs:
@@ -153,6 +158,7 @@ class Relay:
         self._sink = sink
         self._deadline = deadline
         self._journal = Journal(request.sampling.n)
+        self._tries = 0
         self._reads = 0
         self._first_read = self._last_read = 0.0
         self.failovers = 0
@@ -175,6 +181,11 @@ class Relay:
                     usage = self._own_usage()
                     break
                 await asyncio.sleep(_BACKOFF[min(self.failovers, len(_BACKOFF)) - 1])
+            except AllBusyError:
+                patient = time.monotonic() < self._last_read + self._legs.config.patience
+                if not (self._journal.begun and patient):
+                    raise
+                await asyncio.sleep(_BUSY_SECONDS)
         if self._reads > 1:
             mean = (self._last_read - self._first_read) / (self._reads - 1)
             metrics.inter_token_seconds.observe(mean)
@@ -211,7 +222,8 @@ class Relay:
             request.cache_salt,
             hand_over=request.sampling.prompt_logprobs is None,
         )
-        name = f"{request.request_id}-{self.failovers}"
+        name = f"{request.request_id}-{self._tries}"
+        self._tries += 1
         prefilled = await self._prefill(choice, name, tokens)
         try:
             with tracing.span("decode", request_id=name) as leg:
@@ -245,12 +257,17 @@ class Relay:
 
     async def _group(self) -> Group:
         """The pods that serve the model; waits for one that was lost a moment ago to return."""
-        fleet = self._legs.fleet
+        fleet, name, fingerprint = self._legs.fleet, self._model, self._request.fingerprint
         until = min(time.monotonic() + self._legs.config.patience, self._deadline)
-        while (group := fleet.groups.get(self._model)) is None:
+        while (group := fleet.group(name, fingerprint)) is None:
             left = until - time.monotonic()
-            if left <= 0 or not (self.failovers or fleet.awaits(self._model)):
-                raise OverloadedError(f"No decode pod of {self._model} is ready.", retry_after=5.0)
+            if not fleet.awaits(name, fingerprint):
+                if name in fleet.groups:
+                    raise OverloadedError(f"{name} was replaced by another version; send it again.")
+                if not self.failovers:
+                    left = 0.0
+            if left <= 0:
+                raise OverloadedError(f"No decode pod of {name} is ready.", retry_after=5.0)
             await fleet.changed(left)
         return group
 
@@ -302,7 +319,7 @@ class Relay:
         Raises:
             PodLost: a pod could not be reached, or failed; it is out of routing for now.
             PodError: a pod says that the request cannot be served.
-            OverloadedError: all are busy, and the client has nothing yet.
+            AllBusyError: none has room.
         """
         body = _encode(request)
         for pod in pods:
@@ -322,8 +339,7 @@ class Relay:
                 raise _pod_error(response.status, answer)
             except (UpstreamError, PodLost) as error:
                 raise self._lost(pod, error) from error
-        busy = f"All decode pods of {self._model} are busy."
-        raise PodLost("busy", busy) if self._journal.begun else OverloadedError(busy)
+        raise AllBusyError(f"All decode pods of {self._model} are busy.")
 
     async def _stream(
         self, response: Response, burden: Burden, prefilled: "_Prefilled | None"
@@ -333,7 +349,7 @@ class Relay:
         decoder, journal = frames.Decoder(), self._journal
         fresh = True
         while data := await response.read():
-            payloads, end = [], None
+            payloads, end, broken = [], None, None
             try:
                 for frame in decoder.feed(data):
                     if frame.kind > frames.Kind.FINISH:
@@ -341,7 +357,7 @@ class Relay:
                         break
                     payloads.append(journal.take(frame))
             except (ValueError, IndexError) as error:
-                raise BrokenError(f"it sent a frame that is none ({error}).") from error
+                broken = BrokenError(f"it sent a frame that is none ({error}).")
             if payload := b"".join(payloads):
                 await self._sink(payload)
                 self._last_read = time.monotonic()
@@ -353,6 +369,8 @@ class Relay:
                     if prefilled:
                         prefilled.taken()
                     response.allow(self._legs.config.stall_timeout)
+            if broken is not None:  # what is journaled has been sent
+                raise broken
             if end is not None:
                 return await _ended(end, response)
         raise BrokenError("its stream ended before it was complete.")

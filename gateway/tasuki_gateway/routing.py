@@ -97,12 +97,10 @@ def _ordered(
     return sorted(pods, key=lambda pod: (work(pod), tie()))
 
 
-def pick_fingerprint(decode_pods: Mapping[str, int], current: str | None) -> str | None:
+def pick_fingerprint(decode_pods: Mapping[str, int], current: str | None) -> str:
     """The one fingerprint that serves a name while a rollout has several: never are two paired.
 
-    `decode_pods`: ready decode pods by fingerprint. The most win; at a tie the one that serves now.
+    `decode_pods`: ready decode pods by fingerprint, at least one. The most win; at a tie the one
+    that serves now.
     """
-    ready = {name: count for name, count in decode_pods.items() if count}
-    if not ready:
-        return None
-    return max(ready, key=lambda name: (ready[name], name == current, name))
+    return max(decode_pods, key=lambda name: (decode_pods[name], name == current, name))

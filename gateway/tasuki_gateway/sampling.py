@@ -1,5 +1,6 @@
 """From a client's fields to `SamplingParams`."""
 
+import re
 import secrets
 from typing import Any
 
@@ -21,6 +22,7 @@ _COPIED = (
     "skip_special_tokens",
 )
 _BIAS_LIMIT = 100.0
+_ID = re.compile(r"[0-9]{1,10}")
 
 
 def sampling_params(
@@ -85,10 +87,11 @@ def _max_tokens(body: bodies.Completion | bodies.Chat) -> int | None:
 
 
 def _logit_bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
-    bad = [key for key in given if not (key.isdecimal() and int(key) < vocab_size)]
+    bad = [key for key in given if not (_ID.fullmatch(key) and int(key) < vocab_size)]
     if bad:
+        shown = ", ".join(key[:16] for key in bad[:8])
         raise RequestError(
-            f"logit_bias has keys {', '.join(bad)}; each must be a token id below the "
+            f"logit_bias has keys {shown}; each must be a token id below the "
             f"vocabulary's size, {vocab_size}.",
             param="logit_bias",
         )

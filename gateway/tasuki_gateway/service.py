@@ -1,6 +1,7 @@
 """What the gateway does with each kind of request."""
 
 import asyncio
+import contextlib
 import hmac
 import secrets
 import time
@@ -14,7 +15,7 @@ from tasuki_common.errors import DeadlineError, NotFoundError, OverloadedError, 
 from tasuki_common.messages import Endpoint, GenerateRequest, Usage
 from tasuki_gateway import bodies, chunks, metrics, prompts, sampling
 from tasuki_gateway.config import GatewayConfig
-from tasuki_gateway.exchange import ClientGone, Exchange
+from tasuki_gateway.exchange import ClientGone, Exchange, end_now
 from tasuki_gateway.failures import AuthenticationError, TooManyRequestsError, failure
 from tasuki_gateway.fleet import Fleet
 from tasuki_gateway.models import ModelText
@@ -23,6 +24,7 @@ from tasuki_gateway.relay import Legs, Relay, Sink
 log = logs.get("tasuki.gateway")
 
 _CLIENT_LEFT = 499
+_LAST_WORDS_SECONDS = 2.0
 _PARALLEL_PROMPTS = 64
 """Prompts of one request that are relayed at a time."""
 _ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl-", "completion": "cmpl-"}
@@ -54,7 +56,7 @@ class Service:
         """Ends what still runs, each with an error its client can read."""
         self._ending = True
         for scope in self._active:
-            scope.reschedule(asyncio.get_running_loop().time())
+            end_now(scope)
 
     async def serve(self, name: str, handler: Handler, exchange: Exchange) -> None:
         """Runs a handler: limits, deadline, errors, log and metrics."""
@@ -71,7 +73,9 @@ class Service:
                 answer = failure(error)
                 if answer.status == 500:
                     log.exception("request_failed", request_id=exchange.request_id)
-                await exchange.fail(answer)
+                with contextlib.suppress(TimeoutError):  # the client no longer reads
+                    async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                        await exchange.fail(answer)
             finally:
                 metrics.in_flight.dec()
                 self._account(name, exchange, record, leg)
@@ -155,7 +159,7 @@ class Service:
         body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Completion)
         name, text = self.model(body.model)
         record.model = text.card.model
-        ids = await prompts.completion_prompts(body, text, self.config.max_prompts)
+        ids = await prompts.completion_prompts(body, text, self.config)
         await self._generate(exchange, record, "completion", body, name, text, ids)
 
     async def chat(self, exchange: Exchange, record: Record) -> None:
@@ -163,7 +167,7 @@ class Service:
         body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Chat)
         name, text = self.model(body.model)
         record.model = text.card.model
-        ids = [await prompts.chat_prompt(body, text)]
+        ids = [await prompts.chat_prompt(body, text, self.config)]
         await self._generate(exchange, record, "chat", body, name, text, ids)
 
     async def _generate(
@@ -191,6 +195,7 @@ class Service:
             created=int(time.time()),
             prompt_token_ids=ids[0],
             sampling=params,
+            fingerprint=card.fingerprint,
             echo=isinstance(body, bodies.Completion) and body.echo,
             return_token_ids=body.return_token_ids,
             return_tokens_as_token_ids=body.return_tokens_as_token_ids,
@@ -248,7 +253,7 @@ class Service:
             special = body.add_special_tokens is not False
             ids = await text.encode(body.prompt, add_special_tokens=special)
         else:
-            ids = await prompts.chat_prompt(body, text)
+            ids = await prompts.chat_prompt(body, text, self.config)
         answer = {"count": len(ids), "max_model_len": text.card.max_model_len, "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [text.tokenizer.id_to_token(token) for token in ids]

@@ -5,9 +5,13 @@ What is the same for all layers is planned once a step: `plan`, then `paged_atte
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+
+MAX_BIAS_ELEMENTS = 1 << 26
+"""Of one part: a long chunk of a long context is attended some queries at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +68,12 @@ def plan(
         parts.append(_part(cache, block_table[rows], rows, 1, contexts, window, group))
     start = num_decodes
     for seq in range(num_decodes, len(query_lens)):
-        table, contexts = block_table[seq : seq + 1], context_lens[seq : seq + 1]
-        rows = slice(start, start + query_lens[seq])
-        parts.append(_part(cache, table, rows, query_lens[seq], contexts, window, group))
-        start = rows.stop
+        length, context = query_lens[seq], context_lens[seq]
+        for first, last in _pieces(length, group * min(context, length + (window or context))):
+            rows, contexts = slice(start + first, start + last), [context - length + last]
+            table = block_table[seq : seq + 1]
+            parts.append(_part(cache, table, rows, last - first, contexts, window, group))
+        start += length
     return AttentionPlan(rows=_as_rows(cache), kv_heads=cache.shape[3], parts=parts)
 
 
@@ -103,6 +109,13 @@ def _by_length(lengths: list[int]) -> list[list[int]]:
         # Below 128 keys a call's fixed cost outweighs the padding.
         groups.setdefault(max(length - 1, 127).bit_length(), []).append(seq)
     return list(groups.values())
+
+
+def _pieces(queries: int, elements_per_query: int) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of as many queries as one bias may hold."""
+    step = max(1, MAX_BIAS_ELEMENTS // elements_per_query)
+    for first in range(0, queries, step):
+        yield first, min(first + step, queries)
 
 
 def _part(

@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 64
+_STEP = 16
+"""Widths of segments are multiples of it: a prompt's short rest does not cost a whole chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SsdPlan:
     """A step's prefill tokens cut into segments of at most CHUNK tokens, also at each checkpoint.
 
-    token_rows: [segments, CHUNK], the token of each place (0 where there is none).
-    is_padding: [segments, CHUNK, 1]. place: [tokens], each token's place among segments * CHUNK.
+    token_rows: [segments, width], the token of each place (0 where there is none); the longest
+    segment decides the width. is_padding: [segments, width, 1]. place: [tokens], each token's place
+    among segments * width.
     first_slots: per segment, the slot that its sequence starts from; None: goes on from the segment
     before. last_slots: per segment, the slots to which the state after it goes.
     """
@@ -64,7 +67,8 @@ def plan(
                 start = end
         row += length
     starts, ends = torch.tensor(bounds).unbind(1)
-    token_rows = starts[:, None] + torch.arange(CHUNK)
+    width = -(-int((ends - starts).max()) // _STEP) * _STEP
+    token_rows = starts[:, None] + torch.arange(width)
     is_padding = token_rows >= ends[:, None]
     return SsdPlan(
         token_rows=token_rows.masked_fill(is_padding, 0).to(device),
@@ -93,17 +97,17 @@ def chunk_scan(
     heads, head_dim = x.shape[1:]
     groups = B.shape[1]
     rows = plan.token_rows
-    segments = rows.shape[0]
+    segments, width = rows.shape
     # s: segment, q and k: places in it, g: group, r: head in group, p: head_dim, n: state_size
-    xs = x[rows].float().view(segments, CHUNK, groups, -1, head_dim).permute(0, 2, 3, 1, 4)  # sgrqp
+    xs = x[rows].float().view(segments, width, groups, -1, head_dim).permute(0, 2, 3, 1, 4)  # sgrqp
     step = dt[rows].masked_fill_(plan.is_padding, 0.0)
-    step = step.view(segments, CHUNK, groups, -1).permute(0, 2, 3, 1)  # sgrq
+    step = step.view(segments, width, groups, -1).permute(0, 2, 3, 1)  # sgrq
     Bs = B[rows].float().permute(0, 2, 1, 3)  # sgqn
     Cs = C[rows].float().permute(0, 2, 1, 3)
     decay = (step * A.view(groups, -1, 1)).cumsum(-1)
     end_decay = decay[..., -1:]
 
-    within = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).tril_()
+    within = torch.ones(width, width, dtype=torch.bool, device=x.device).tril_()
     scores = (decay[..., :, None] - decay[..., None, :]).masked_fill_(~within, -torch.inf).exp_()
     scores.mul_((Cs @ Bs.transpose(-1, -2))[:, :, None]).mul_(step[..., None, :])
     y = scores @ xs

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import msgspec
 
 from tasuki_common import logs
+from tasuki_common.errors import ConfigError
 from tasuki_transfer import handshake, tcp, wire
 from tasuki_transfer.base import Backend, Outcome, Regions, TransferError
 from tasuki_transfer.leases import Lease, Leases
@@ -28,6 +29,7 @@ from tasuki_transfer.tasks import in_thread
 _log = logs.get("tasuki.transfer")
 _BACKLOG = 512
 _MAX_CONNECTIONS = 4096
+_ACCEPT_PAUSE_SECONDS = 0.1
 
 
 class TicketFields(TypedDict):
@@ -69,17 +71,28 @@ class Giver:
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="tasuki-checksum")
         self._tasks: set[asyncio.Task[None]] = set()
         self._nixl: NixlAgent | None = None
+        self._listener: socket.socket | None = None
         self._host, self._port = "", 0
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
-        """Listen; port 0 finds a free one. Returns the address for tickets."""
+        """Listen; port 0 finds a free one. Returns the address for tickets.
+
+        Raises:
+            ConfigError: the port cannot be listened on.
+        """
         self._loop = asyncio.get_running_loop()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        self._listener.setblocking(False)
-        self._host, self._port = host, self._listener.getsockname()[1]
+        try:
+            listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            raise ConfigError(
+                f"transfer_port {port} on {host} cannot be used ({error.strerror}); choose another."
+            ) from error
+        listener.setblocking(False)
+        self._listener = listener
+        self._host, self._port = host, listener.getsockname()[1]
         await self._start_nixl()
-        self._spawn(self._listen())
+        self._spawn(self._listen(listener))
         self._spawn(self._expire())
         return self._host, self._port
 
@@ -100,7 +113,7 @@ class Giver:
 
     def open(self, request_id: str, num_tokens: int) -> TicketFields:
         """Begin a lease before its spans exist. ValueError when the request has one."""
-        self._leases.open(request_id, num_tokens)
+        self._leases.open(request_id)
         return TicketFields(
             request_id=request_id,
             num_tokens=num_tokens,
@@ -150,7 +163,8 @@ class Giver:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         if self._nixl is not None:
             await self._nixl.close()
         self._senders.shutdown()
@@ -201,9 +215,14 @@ class Giver:
             await asyncio.sleep(pause)
             self._leases.expire()
 
-    async def _listen(self) -> None:
+    async def _listen(self, listener: socket.socket) -> None:
         while True:
-            sock, _ = await self._loop.sock_accept(self._listener)
+            try:
+                sock, _ = await self._loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is left, or the caller is gone already
+                _log.warning("accept_failed", error=str(error))
+                await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
+                continue
             if len(self._tasks) > _MAX_CONNECTIONS:
                 sock.close()
             else:

@@ -31,7 +31,6 @@ class Lease:
     """One request's spans; `deadline` is monotonic seconds."""
 
     request_id: str
-    num_tokens: int
     deadline: float
     offered: list[wire.Offered] = dataclasses.field(default_factory=list)
     spans: dict[tuple[str, int], Span] = dataclasses.field(default_factory=dict)
@@ -95,9 +94,9 @@ class Leases:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, request_id: str, num_tokens: int) -> Lease:
+    def open(self, request_id: str) -> Lease:
         """A new lease; from any thread. ValueError when the request has one."""
-        lease = Lease(request_id, num_tokens, self._now() + self.seconds)
+        lease = Lease(request_id, self._now() + self.seconds)
         if self._open.setdefault(request_id, lease) is not lease:
             raise ValueError(f"Request {request_id!r} holds a lease already.")
         return lease

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -74,9 +75,9 @@ class Link:
         self._tasks = [
             asyncio.create_task(self._until_broken(job))
             for job in (
-                self._read(),
-                channel.write_all(self._outbox),
-                self._beat(lease_seconds / _HEARTBEATS_PER_LEASE),
+                self._read,
+                functools.partial(channel.write_all, self._outbox),
+                functools.partial(self._beat, lease_seconds / _HEARTBEATS_PER_LEASE),
             )
         ]
 
@@ -107,8 +108,8 @@ class Link:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.source.close()
         self._channel.close()
+        await self.source.close()
 
     def _end(self, error: TransferError) -> None:
         if self._ended is None:
@@ -116,9 +117,9 @@ class Link:
             for watch in self._watches.values():
                 watch.news.put_nowait(error)
 
-    async def _until_broken(self, job: Coroutine[Any, Any, None]) -> None:
+    async def _until_broken(self, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await job
+            await job()
         except TransferError as error:
             self._end(error)
 

@@ -40,6 +40,11 @@ class Taker:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tasuki-receive")
         self._links: dict[tuple[str, int, str], asyncio.Task[links.Link]] = {}
 
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """The transports it can use, best first."""
+        return self._backends
+
     async def pull(self, ticket: Ticket, wanted: Wanted, timeout: float) -> Pulled:  # noqa: ASYNC109
         """Bring the wanted spans here; returns when they are verified and the lease is released.
 
@@ -117,16 +122,18 @@ class Taker:
         """The link to the ticket's giver, made by the first pull that needs it."""
         name = ticket.host, ticket.port, ticket.incarnation
         task = self._links.get(name)
-        if task is not None and task.done() and (task.exception() or not task.result().alive):
-            del self._links[name]
-            if not task.exception():
-                await task.result().close()
-            task = self._links.get(name)
-        if task is None:
-            task = self._links[name] = asyncio.create_task(self._connect(ticket))
+        if task is None or _is_dead(task):
+            dead = [
+                self._links.pop(key) for key, link in list(self._links.items()) if _is_dead(link)
+            ]
+            task = self._links[name] = asyncio.create_task(self._connect(ticket, dead))
         return await asyncio.shield(task)
 
-    async def _connect(self, ticket: Ticket) -> links.Link:
+    async def _connect(self, ticket: Ticket, dead: list[asyncio.Task[links.Link]]) -> links.Link:
+        """A new link, after `dead` ones are closed: nobody asks again for givers that are gone."""
+        for task in dead:
+            with contextlib.suppress(TransferError):
+                await (await task).close()
         backends = [name for name in ticket.backends if name in self._backends]
         if not backends:
             raise TransferError(
@@ -177,6 +184,10 @@ class Taker:
         if task is None or (task.done() and (task.exception() or task.result().given_up)):
             task = self._nixl = asyncio.create_task(NixlAgent.create("taker", self._regions))
         return await asyncio.shield(task)
+
+
+def _is_dead(task: asyncio.Task[links.Link]) -> bool:
+    return task.done() and (task.exception() is not None or not task.result().alive)
 
 
 def _match(offer: wire.Offer, missing: dict[tuple[str, int], int]) -> dict[str, list[Landing]]:

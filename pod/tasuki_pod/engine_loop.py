@@ -35,6 +35,8 @@ from tasuki_pod.wire import (
 _STATS_SECONDS = 0.1
 _STALLED_SECONDS = 0.05
 """Between two looks at requests that cannot move until a pin is dropped: they may be overdue."""
+_ROOM_SECONDS = 0.05
+"""Between two looks for the room that a prefix waits for: each hashes all of its tokens."""
 
 
 @dataclasses.dataclass
@@ -45,7 +47,6 @@ class _Import:
     deadline: float
     num_local_tokens: int = 0
     pulling: bool = False
-    reserved: bool = False
     dropped: bool = False
 
 
@@ -65,6 +66,8 @@ class EngineLoop:
         self._send = send
         self._imports: dict[str, _Import] = {}
         self._waiting: dict[str, _Import] = {}
+        self._look_at = 0.0
+        """When room is looked for again, after there was none."""
         self._hand_overs: set[str] = set()
         self._ended: list[PrefixEnded] = []
         self._stats_at = 0.0
@@ -98,8 +101,7 @@ class EngineLoop:
             return _STALLED_SECONDS
         if not self._waiting:
             return None
-        first = min(entry.deadline for entry in self._waiting.values())
-        return max(0.0, first - time.monotonic())
+        return max(0.0, self._look_at - time.monotonic())
 
     def _handle(self, command: Command | Callable[[], None]) -> None:
         match command:
@@ -168,12 +170,13 @@ class EngineLoop:
         if request_id not in self._hand_overs:
             return
         self._hand_overs.discard(request_id)
-        self._engine.abort(request_id)
         self._engine.release(request_id)
         self._ended.append(PrefixEnded(request_id, outcome))
 
     def _reserve_waiting(self) -> None:
         """Starts the pulls that have room now, in order of arrival."""
+        if time.monotonic() < self._look_at:
+            return
         for prefix_id, entry in list(self._waiting.items()):
             pull = entry.pull
             reservation = self._engine.reserve(
@@ -182,13 +185,13 @@ class EngineLoop:
             remaining = entry.deadline - time.monotonic()
             if reservation is not None and remaining > 0:
                 del self._waiting[prefix_id]
-                entry.reserved = entry.pulling = True
+                entry.pulling = True
                 entry.num_local_tokens = reservation.num_local_tokens
                 self._agent.pull(prefix_id, pull.ticket, reservation.wanted, remaining)
             elif remaining <= 0:
-                entry.reserved = reservation is not None
                 self._fail(prefix_id, "no_room", "No room for the prefix until the deadline.")
             else:  # first come, first served
+                self._look_at = time.monotonic() + min(_ROOM_SECONDS, remaining)
                 return
 
     def _on_pulled(self, prefix_id: str, result: PullResult) -> None:
@@ -223,14 +226,17 @@ class EngineLoop:
             self._fail(prefix_id, "cancelled", "Nobody waits for the prefix any more.")
         else:
             del self._imports[prefix_id]
-            self._engine.cancel(prefix_id)
+            self._free(prefix_id)
 
     def _fail(self, prefix_id: str, reason: str, message: str) -> None:
-        entry = self._imports.pop(prefix_id)
+        del self._imports[prefix_id]
         self._waiting.pop(prefix_id, None)
-        if entry.reserved:
-            self._engine.cancel(prefix_id)
+        self._free(prefix_id)
         self._send(PrefixFailed(prefix_id=prefix_id, reason=reason, message=message))
+
+    def _free(self, prefix_id: str) -> None:
+        self._engine.cancel(prefix_id)
+        self._look_at = 0.0
 
     def _report(self, result: StepResult) -> None:
         now = time.monotonic()

@@ -114,6 +114,8 @@ def _read(channel: socket.socket, inbox: Inbox) -> None:
             if len(body := stream.read(size)) < size:
                 break
             inbox.put(decoder.decode(body))
+    except msgspec.DecodeError:
+        log.exception("command_unreadable")
     finally:
         inbox.put(Stop())
         time.sleep(_ORPHAN_SECONDS)

@@ -104,7 +104,8 @@ class Metrics:
         self._leases_ended.labels(self._role, outcome).inc()
 
     def request_ended(self, outcome: str) -> None:
-        """A request is over: stop, length, cancelled, error, retry, deadline, prefill."""
+        """A choice is over (stop, length), a prefix kept for another pod (prefill), or a whole
+        request (cancelled, deadline, error, overloaded, refused, retry)."""
         self._requests.labels(self._role, outcome).inc()
 
     def render(self) -> bytes:

@@ -75,6 +75,7 @@ async def _run(config: PodConfig, role: Role, routes: Routes) -> int:
         await asyncio.wait((serving, leaving, lost), return_when=asyncio.FIRST_COMPLETED)
         if lost.done() and not leave.is_set():
             log.error("engine_lost", pod=config.pod_name, reason=lost.result())
+        opening.cancel()  # a pod that leaves does not open any more
         await pod.drain(forced)
     finally:
         server.should_exit = True

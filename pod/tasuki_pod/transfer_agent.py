@@ -81,6 +81,8 @@ class TransferAgent:
             self._wait(self._close(), _CLOSE_SECONDS)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def open(self, request_id: str, num_tokens: int) -> None:
         """Announces a prefix that will be offered."""
@@ -168,7 +170,7 @@ class TransferAgent:
                 key=start.transfer_key,
                 backends=start.transfer_backends,
             )
-            return "", 0, start.transfer_backends
+            return "", 0, self._taker.backends
         self._giver = Giver(
             regions=self._engine.regions(),
             fingerprint=self._engine.fingerprint,
@@ -182,7 +184,7 @@ class TransferAgent:
             ),
         )
         host, port = await self._giver.start(start.transfer_host, start.transfer_port)
-        return host, port, start.transfer_backends
+        return host, port, self._giver.backends
 
     async def _close(self) -> None:
         for task in list(self._pulls.values()):

@@ -4,6 +4,7 @@ Spans go from the engine's steps straight to the giver, inside the engine proces
 admits, names and cancels.
 """
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from tasuki_common import tracing
-from tasuki_common.errors import RequestError
+from tasuki_common.errors import DeadlineError, RequestError
 from tasuki_common.messages import PrefillRequest, Ticket
 from tasuki_engine.request import EngineRequest
 from tasuki_pod.engine_client import Mailbox
@@ -60,7 +61,11 @@ class Prefills:
         """POST /prefill: PrefillRequest → Ticket."""
         with self._pod.admission():
             request = await read_message(receive, self._decoder)
-            ticket = await self._admit(request)
+            try:
+                async with asyncio.timeout(request.timeout):
+                    ticket = await self._admit(request)
+            except TimeoutError as over:
+                raise DeadlineError("The deadline passed before the prompt was admitted.") from over
         await msgpack_response(ticket)(scope, receive, send)
 
     async def delete(self, request: Request) -> Response:

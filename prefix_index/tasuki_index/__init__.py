@@ -1,7 +1,6 @@
 """Redis: who is alive, who holds which prefix. Losing it loses speed, never an answer."""
 
 from tasuki_index.chain import Chain
-from tasuki_index.directory import Directory
 from tasuki_index.errors import IndexUnavailable
 from tasuki_index.events import CacheEvent, Change, Kind
 from tasuki_index.index import Index, Registration
@@ -11,7 +10,6 @@ __all__ = [
     "CacheEvent",
     "Chain",
     "Change",
-    "Directory",
     "Index",
     "IndexUnavailable",
     "Kind",

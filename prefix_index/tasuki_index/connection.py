@@ -17,6 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
+from tasuki_common.errors import ConfigError
 from tasuki_index.errors import IndexUnavailable
 
 PAUSE = 1.0
@@ -70,12 +71,11 @@ class Connection:
         if now < self._closed_until:
             raise IndexUnavailable(f"Redis at {_without_password(self._url)} failed a moment ago")
         if self._closed_until:
-            self._closed_until = (
-                now + self._timeout
-            )  # this call is the probe, others fail meanwhile
+            # This call is the probe; others fail meanwhile.
+            self._closed_until = now + self._timeout
         try:
             async with asyncio.timeout(self._timeout):
-                answer = await call()
+                answer = await _cancellable(call())
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             self._closed_until = time.monotonic() + PAUSE
             reason = str(error) or type(error).__name__
@@ -85,13 +85,31 @@ class Connection:
         return answer
 
 
+async def _cancellable(call: Awaitable[Any]) -> Any:
+    """The result of a call of redis-py, unless this task was cancelled meanwhile.
+
+    redis-py sends through `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that
+    comes as it completes: a loop over calls would never end, a client's hang-up go unheard.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await call
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
 def _client(url: str, timeout: float) -> Redis | RedisCluster:
     limits: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
     once_more = Retry(NoBackoff(), 1)  # a pooled connection may have died with the Redis before
-    if url.startswith(CLUSTER_SCHEME):
-        plain = "redis://" + url.removeprefix(CLUSTER_SCHEME)
-        return RedisCluster.from_url(plain, retry=once_more, **limits)
-    return Redis.from_url(url, retry=once_more, **limits)
+    try:
+        if url.startswith(CLUSTER_SCHEME):
+            plain = "redis://" + url.removeprefix(CLUSTER_SCHEME)
+            return RedisCluster.from_url(plain, retry=once_more, **limits)
+        return Redis.from_url(url, retry=once_more, **limits)
+    except (ValueError, RedisClusterException) as error:
+        raise ConfigError(f"redis_url is {_without_password(url)!r}: {error}") from error
 
 
 def _without_password(url: str) -> str:

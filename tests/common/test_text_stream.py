@@ -5,6 +5,7 @@ The expected text is found by looking at the whole text once; the stream sees a 
 
 import itertools
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -181,3 +182,13 @@ def test_a_push_costs_less_than_five_microseconds_without_stop_strings() -> None
             stream.push((token_id,))
         best = min(best, time.process_time() - start)
     assert best / len(ids) < 5e-6
+
+
+def test_a_long_stop_string_costs_no_more_memory_than_itself() -> None:
+    made, params = tokenizer("byte_level"), SamplingParams(stop=["x" * 20_000])
+    tracemalloc.start()
+    stream = TextStream(made, params)
+    stream.push(made.encode("xx xxx"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20

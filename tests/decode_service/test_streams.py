@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from fresh_seed import fresh_seed
 from pods import (
     Answer,
     PodProcess,
@@ -109,7 +110,8 @@ async def test_chat_logprobs_name_tokens_bytes_and_alternatives(
     assert [entry["token"] for entry in entries] == [f"token_id:{t}" for t in answer.tokens[0]]
     assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
     spoken = b"".join(bytes(entry["bytes"]) for entry in entries)
-    assert spoken.decode(errors="replace") == answer.text()
+    heard = spoken.decode(errors="replace").removesuffix("<|endoftext|>")  # not part of the text
+    assert heard == answer.text()
 
 
 async def test_echo_scores_the_prompt_without_generating(
@@ -202,6 +204,31 @@ async def test_choices_that_were_finished_are_not_generated_again(
     assert rest.usage.completion_tokens == 24
 
 
+async def test_cached_tokens_of_many_choices_are_those_before_the_first(
+    client: httpx.AsyncClient, decode_pod: PodProcess
+) -> None:
+    rng = random.Random(fresh_seed())
+    prompt = [rng.randrange(3, 250) for _ in range(200)]
+    answer = await generate(client, decode_pod, prompt, n=40, max_tokens=1, cache_salt="many")
+    assert answer.usage is not None
+    assert answer.usage.cached_tokens == 0
+
+
+async def test_a_resumed_choice_does_not_score_its_prompt_again(
+    client: httpx.AsyncClient, decode_pod: PodProcess
+) -> None:
+    rng = random.Random(fresh_seed())
+    prompt = [rng.randrange(3, 250) for _ in range(200)]
+    options = {"prompt_logprobs": 1, "max_tokens": 6}
+    whole = await generate(client, decode_pod, prompt, **options)
+    before = decode_pod.metric("tasuki_prompt_tokens_total")
+    resume = (ResumedChoice(token_ids=whole.tokens[0][:3]),)
+    rest = await generate(client, decode_pod, prompt, resume=resume, **options)
+    assert rest.tokens[0] == whole.tokens[0][3:]
+    await until_idle(decode_pod)
+    assert decode_pod.metric("tasuki_prompt_tokens_total") - before < 16
+
+
 async def test_a_deadline_ends_the_stream_with_an_error(
     client: httpx.AsyncClient, decode_pod: PodProcess, prompt: list[int]
 ) -> None:
@@ -209,6 +236,7 @@ async def test_a_deadline_ends_the_stream_with_an_error(
     assert answer.error is not None
     assert answer.error["kind"] is Kind.ERROR
     assert answer.error["type"] == "timeout_error"
+    assert decode_pod.metric("tasuki_requests_total", outcome="deadline") >= 1
     await until_idle(decode_pod)
 
 
@@ -224,6 +252,7 @@ async def test_delete_ends_a_stream_with_an_error(
         answer.add(frame)
     assert answer.error is not None
     assert answer.usage is None
+    assert decode_pod.metric("tasuki_requests_total", outcome="cancelled") >= 1
     await until_idle(decode_pod)
 
 
@@ -285,3 +314,10 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
     for (files, threads), (files_before, threads_before) in zip(after, baseline, strict=True):
         assert files <= files_before + 4, "file descriptors stay open"
         assert threads <= threads_before + 1
+
+
+async def test_tokens_made_for_another_model_are_refused(
+    client: httpx.AsyncClient, decode_pod: PodProcess, prompt: list[int]
+) -> None:
+    with pytest.raises(AssertionError, match=r"503: .*serves .* not another one's"):
+        await generate(client, decode_pod, prompt, fingerprint="another one's")

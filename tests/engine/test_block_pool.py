@@ -24,7 +24,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.order: list[bytes] = []
         self.generation = [0] * UNITS
 
-    def note(self, name: bytes, stored: bool) -> None:
+    def note(self, name: bytes, stored: bool, parent: bytes) -> None:
+        assert not parent
         assert stored != (name in self.findable)
         (self.findable.add if stored else self.findable.remove)(name)
 

@@ -13,6 +13,7 @@ from history_model import VOCAB_SIZE, HistoryModel
 from relay import GREEDY, compute_hand_over, greedy, hand_over, merge, move, run
 
 from tasuki_common.errors import ConfigError, OverloadedError, RequestError
+from tasuki_common.hashing import block_hashes, root_hash
 from tasuki_common.sampling import SamplingParams
 from tasuki_engine.config import EngineConfig
 from tasuki_engine.engine import Engine
@@ -208,6 +209,21 @@ def test_cache_events_say_what_can_be_found(rng: random.Random) -> None:
     assert sum(kind == "checkpoint" for kind, _ in findable) == stats.slots_cached
 
 
+@pytest.mark.parametrize("imported", [False, True])
+def test_cache_events_name_the_block_before_each_block(rng: random.Random, imported: bool) -> None:
+    engine, _ = _engine()
+    prompt = _prompt(rng, 100)
+    if imported:
+        giver, _ = _engine()
+        hand_over(giver, engine, "p", prompt)
+    else:
+        run(engine, [_request("r", prompt)])
+    parents = {e.hash: e.parent for e in engine.take_cache_events() if e.kind == "block"}
+    root = root_hash(engine.config.hash_algorithm, engine.hash_revision)
+    names = block_hashes(engine.config.hash_algorithm, root, prompt, engine.config.block_size)
+    assert [parents[name] for name in names] == [b"", *names[:-1]]
+
+
 # Ends
 
 
@@ -258,6 +274,19 @@ def test_a_prompt_is_scored_without_generating(rng: random.Random) -> None:
     assert (nothing.token_ids, nothing.finish_reason) == ([], "length")
 
 
+def test_a_long_prompt_is_scored_in_parts_however_large_the_budget(rng: random.Random) -> None:
+    engine, _ = _engine(max_num_batched_tokens=4096, max_model_len=2600, num_blocks=400)
+    prompt = _prompt(rng, 2500)
+    params = greedy(0, prompt_logprobs=0)
+    output = run(engine, [_request("score", prompt, sampling=params)])["score"]
+    assert output.prompt_logprobs is not None
+    assert [entry and entry.token.token_id for entry in output.prompt_logprobs] == [
+        None,
+        *prompt[1:],
+    ]
+    assert engine.stats().steps == 3  # 1,024 tokens at most
+
+
 def test_prompt_logprobs_come_once_with_the_first_token(rng: random.Random) -> None:
     engine, history = _engine(num_blocks=30, max_model_len=128, num_state_slots=20)
     prompts = [_prompt(rng, 60) for _ in range(4)]
@@ -298,6 +327,19 @@ def test_a_deadline_ends_what_runs_and_what_waits(rng: random.Random) -> None:
     }
     assert [h.request_id for h in result.hand_overs if h.error] == ["hands"]
     assert run(engine)["stays"].finish_reason == "length"
+
+
+def test_requests_that_give_up_behind_one_that_waits_are_forgotten(rng: random.Random) -> None:
+    engine, _ = _engine(num_blocks=40)
+    held = _prompt(rng, 240)
+    assert engine.reserve("held", held, 240) is not None
+    engine.add_request(_request("head", _prompt(rng, 200)))
+    for i in range(500):
+        engine.add_request(_request(f"r{i}", [1, 2, 3]))
+        engine.abort(f"r{i}")
+    assert len(engine._scheduler._waiting) < 100
+    engine.cancel("held")
+    assert run(engine)["head"].finish_reason == "length"
 
 
 def test_lower_priority_values_go_first(rng: random.Random) -> None:

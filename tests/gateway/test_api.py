@@ -1,6 +1,8 @@
 """The API as OpenAI's client and plain HTTP see it; the pods are fakes that keep the protocol."""
 
 import json
+import socket
+import time
 from typing import Any
 
 import httpx
@@ -104,6 +106,19 @@ def test_content_parts_are_the_same_as_a_string(stack: Stack) -> None:
     error = stack.client.post("/v1/chat/completions", json=picture)
     assert error.status_code == 400
     assert error.json()["error"]["param"] == "messages[0].content[0].type"
+
+
+def test_a_clients_template_is_run_only_where_that_is_allowed(stack: Stack, start: Starter) -> None:
+    mine = hello(chat_template="{% for m in messages %}{{ m.content }}!{% endfor %}")
+    for path in ("/v1/chat/completions", "/tokenize"):
+        refused = stack.client.post(path, json=mine)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "chat_template"
+    assert stack.client.post("/tokenize", json=hello(chat_template="default")).status_code == 200
+    trusting = start("--trust-request-chat-template", prefill=0, decode=1)
+    ids = trusting.client.post("/tokenize", json=mine).json()["tokens"]
+    text = trusting.client.post("/detokenize", json={"tokens": ids}).json()
+    assert text == {"prompt": "hi!"}
 
 
 def test_models_are_listed_with_aliases(stack: Stack, sdk: openai.OpenAI) -> None:
@@ -289,4 +304,23 @@ def test_a_request_that_takes_too_long_is_a_504_or_an_event(start: Starter) -> N
     assert hasty.client.post("/v1/completions", json=body).status_code == 504
     got = events(hasty.client.post("/v1/completions", json=body | {"stream": True}))
     assert got[-1]["error"]["type"] == "timeout_error"
+    hasty.wait_idle()
+
+
+def test_a_client_that_stops_reading_is_given_up_at_its_deadline(start: Starter) -> None:
+    hasty = start("--request-timeout", "1", prefill=0, decode=1)
+    body = json.dumps({"prompt": "x", "max_tokens": 4000, "n": 8, "stream": True}).encode()
+    address = ("127.0.0.1", int(hasty.url.rpartition(":")[2]))
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(address)
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        deadline = time.monotonic() + 10
+        while hasty.metric("tasuki_gateway_requests_total{") == 0:
+            assert time.monotonic() < deadline, "the request never ends"
+            time.sleep(0.1)
+        assert hasty.metric("tasuki_gateway_requests_in_flight") == 0
     hasty.wait_idle()

@@ -51,7 +51,7 @@ def test_any_object_is_a_request_or_refused(fields: dict[str, Any], kind: type[A
     try:
         body = bodies.parse(msgspec.json.encode(fields), kind)
         if isinstance(body, bodies.Chat | bodies.Completion):
-            params(body)
+            msgspec.msgpack.encode((params(body), body.priority))
     except RequestError:
         return
 
@@ -76,6 +76,9 @@ def test_nesting_without_end_is_refused() -> None:
         ({"max_tokens": "5"}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"n": True}, "n"),
+        ({"priority": 2**70}, "priority"),
+        ({"top_k": 2**70}, "top_k"),
+        ({"min_tokens": 2**70}, "min_tokens"),
         ({"stop": ["a", 1]}, "stop[1]"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [1]}, "messages[0]"),
@@ -108,6 +111,8 @@ def test_a_field_that_cannot_be_served_is_named(fields: dict[str, Any], param: s
         ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
         ({"logit_bias": {"100": 1, "7": 1, "x": 1, "-1": 1}}, "logit_bias", "100, x, -1"),
         ({"logit_bias": {"²": 1}}, "logit_bias", "²"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias", "token id"),
+        ({"stop": ["a"] * 65}, "stop", "64"),
         ({"stop_token_ids": [5, 100]}, "stop_token_ids", "99"),
         ({"stop": [""]}, "stop", "empty"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),

@@ -105,11 +105,40 @@ def test_a_pod_that_says_retry_is_left(stack: Stack) -> None:
             assert texts(ask(stack)) == expected
 
 
+def test_what_came_with_a_frame_that_is_none_is_not_lost(stack: Stack) -> None:
+    expected = texts(ask(stack))
+    for number in (0, 1, 5):
+        stack.fault(times=1, stray_after=number)
+        assert texts(ask(stack)) == expected
+        stack.fault()
+
+
 def test_the_next_pod_gets_prompt_and_journal(stack: Stack) -> None:
     stack.fault(times=1, kind=4, frames=7)
     ask(stack)
     seen = [event for pod in stack.decode for event in pod.call("/seen")["seen"]]
     assert [7] in [event.get("resume") for event in seen]
+
+
+@pytest.mark.slow
+def test_a_stream_waits_when_the_pods_that_are_left_are_busy(start: Starter) -> None:
+    stack = start()
+    expected = texts(ask(stack))
+    survivor, lost = stack.decode
+    survivor.fault(times=10**6, status=503)
+    lost.fault(times=1, cut_after=900)
+
+    def die_and_make_room() -> None:
+        while stack.metric("tasuki_gateway_failovers_total") == 0:
+            time.sleep(0.01)
+        lost.kill()
+        time.sleep(2.5)
+        survivor.fault()
+
+    thread = threading.Thread(target=die_and_make_room)
+    thread.start()
+    assert texts(ask(stack)) == expected
+    thread.join()
 
 
 def test_a_prefill_pod_in_trouble_costs_its_ticket_only(stack: Stack) -> None:
@@ -170,6 +199,26 @@ def test_the_only_decode_pod_may_be_killed_and_restarted_in_mid_stream(start: St
     thread.join()
     assert texts(body) == expected
     assert stack.metric("tasuki_gateway_failovers_total") >= 1
+
+
+@pytest.mark.slow
+def test_a_stream_never_goes_on_with_another_version_of_its_model(start: Starter) -> None:
+    stack = start(decode=1, prefill=0)
+    stack.fault(delay=0.02)
+    pod = stack.decode[0]
+
+    def replace() -> None:
+        time.sleep(0.3)
+        pod.kill()
+        pod.start("--fingerprint", "f2")
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    body = ask(stack, max_tokens=60)
+    thread.join()
+    error = json.loads(body.split("\n\n")[-3].removeprefix("data: "))["error"]
+    assert "another version" in error["message"]
+    assert stack.client.post("/v1/completions", json=ASKED).status_code == 200
 
 
 @pytest.mark.slow

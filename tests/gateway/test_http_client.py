@@ -153,6 +153,33 @@ async def test_a_stale_connection_is_replaced_without_an_error() -> None:
     assert connections == 4
 
 
+async def test_an_answer_to_nothing_is_never_the_next_requests() -> None:
+    connections = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await read_request(reader)
+        writer.write(SHORT + SHORT[:-2] + b"no")
+        await reader.read()
+
+    async with served(talk) as (client, url):
+        for _ in range(3):
+            assert await whole(client, url) == b"ok"
+    assert connections == 3
+
+
+async def test_connections_that_pods_close_are_forgotten() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(SHORT)
+
+    async with served(talk) as (client, url):
+        await asyncio.gather(*(whole(client, url) for _ in range(20)))
+        await asyncio.sleep(0.3)
+        assert not any(host.idle for host in client._hosts.values())
+
+
 async def test_a_fresh_connection_that_is_dropped_is_not_tried_again() -> None:
     connections = 0
 

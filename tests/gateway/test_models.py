@@ -4,27 +4,49 @@ import asyncio
 import time
 
 import fake_pods
+import msgspec
 import pytest
 
+from tasuki_common.errors import ConfigError
 from tasuki_common.messages import ModelCard
-from tasuki_gateway.models import ModelText
+from tasuki_gateway.models import ModelText, load
 
 TEXT = "the quick brown fox jumps über die Brücke 日本語; x=3\n" * 8000
 
 
-@pytest.fixture(scope="module")
-def text() -> ModelText:
-    """Of the fake pods' model."""
-    card = ModelCard(
+def card(**files: bytes) -> ModelCard:
+    """Of a model with the fake pods' tokenizer; `files`: __ stands for a dot."""
+    return ModelCard(
         model="fake",
         fingerprint="f",
         root="r",
         max_model_len=99,
         vocab_size=600,
         created=1,
-        files={"tokenizer.json": fake_pods.tokenizer_json()},
+        files={"tokenizer.json": fake_pods.tokenizer_json()}
+        | {name.replace("__", "."): content for name, content in files.items()},
     )
-    return ModelText(card, inline_characters=1000)
+
+
+@pytest.fixture(scope="module")
+def text() -> ModelText:
+    """Of the fake pods' model."""
+    return ModelText(card(), inline_characters=1000)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template__jinja": b"\xff"},
+        {"tokenizer_config__json": b"{"},
+        {"tokenizer_config__json": b'{"eos_token": [1]}'},
+        {"generation_config__json": b'{"eos_token_id": [[1]]}'},
+    ],
+)
+async def test_files_that_cannot_be_read_are_one_kind_of_error(files: dict[str, bytes]) -> None:
+    packed = msgspec.msgpack.encode(card(**files))
+    with pytest.raises(ConfigError):
+        await load(packed, inline_characters=1000)
 
 
 async def test_a_long_prompt_is_tokenized_while_others_go_on(text: ModelText) -> None:

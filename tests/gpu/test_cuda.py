@@ -6,12 +6,16 @@ import pytest
 import tiny_models
 import torch
 from fresh_seed import fresh_seed
+from relay import compute_hand_over, greedy, run
 
+from tasuki_common.messages import Ticket
 from tasuki_engine import LLM, SamplingParams
 from tasuki_engine.config import EngineConfig
 from tasuki_engine.engine import Engine
 from tasuki_engine.outputs import RequestOutput
 from tasuki_engine.request import EngineRequest
+from tasuki_transfer.giver import Giver
+from tasuki_transfer.taker import Taker
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,3 +89,52 @@ def test_what_a_step_offers_to_others_is_written(tmp_path):
     while engine.has_work():
         assert not engine.step().outputs
         assert torch.cuda.current_stream().query(), "kernels of the step still run"
+
+
+@pytest.mark.parametrize("family", ["granite_hybrid", "qwen3", "mistral"])
+async def test_a_prefix_handed_over_by_tcp_between_cuda_pools_gives_the_tokens_of_the_cpu(
+    family, tmp_path
+):
+    seed = fresh_seed()
+    folder = str(tiny_models.make(family, tmp_path, seed))
+    prompt = prompts(seed)[-1]["prompt_token_ids"]
+    sampling = greedy(64, logprobs=1)
+    here, there = (
+        Engine(EngineConfig(model=folder, device="cuda", dtype="float32", num_blocks=500))
+        for _ in range(2)
+    )
+    reports = compute_hand_over(here, "moved", prompt)
+    shared = {"fingerprint": here.fingerprint, "key": b"a key of sixteen or more bytes"}
+    giver = Giver(
+        regions=here.regions(),
+        incarnation="first",
+        backends=["tcp"],
+        lease_seconds=30.0,
+        on_end=lambda request_id, outcome: here.release(request_id),
+        generation=here.generation,
+        **shared,
+    )
+    taker = Taker(regions=there.regions(), backends=["tcp"], **shared)
+    await giver.start("127.0.0.1", 0)
+    ticket = Ticket(pod="giver", **giver.open("moved", reports[-1].num_tokens))
+    giver.offer("moved", [span for report in reports for span in report.spans])
+    giver.complete("moved")
+    reservation = there.reserve("moved", prompt, reports[-1].num_tokens)
+    assert reservation is not None
+    await taker.pull(ticket, reservation.wanted, 30.0)
+    there.commit("moved")
+    request = EngineRequest(
+        request_id="after", prompt_token_ids=prompt, sampling=sampling, prefix_id="moved"
+    )
+    moved = run(there, [request])["after"]
+    assert moved.num_cached_tokens == reports[-1].num_tokens
+    await taker.close()
+    await giver.close()
+
+    on_cpu = Engine(EngineConfig(model=folder, device="cpu", dtype="float32"))
+    alone = EngineRequest(request_id="alone", prompt_token_ids=prompt, sampling=sampling)
+    expected = run(on_cpu, [alone])["alone"]
+    assert moved.token_ids == expected.token_ids
+    assert [one.token.logprob for one in moved.logprobs] == pytest.approx(
+        [one.token.logprob for one in expected.logprobs], abs=FLOAT32_BOUND
+    )

@@ -1,7 +1,9 @@
 """The `tasuki` command finds its verbs and fails in sentences."""
 
+import http.server
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,19 @@ def test_a_file_that_cannot_be_served_here_is_told_before_anything_starts(
 def test_asking_where_nobody_listens_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["ask", "x", "--url", "http://127.0.0.1:9/v1"]) == 1
     assert "does not answer" in capsys.readouterr().err
+
+
+def test_what_runs_on_this_machine_is_asked_without_a_proxy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert main.main(["ask", "x", "--url", f"http://127.0.0.1:{server.server_port}/v1"]) == 1
+        thread.join()
+    assert "Unsupported method" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["gateway", "up", "ask"])

@@ -83,6 +83,8 @@ def test_describe_masks_set_secrets_only() -> None:
     described = settings.describe(Example(model="m", api_key="s3cret"))
     assert described["api_key"] == settings.MASK
     assert described["port"] == 8000
+    described = settings.describe(Example(model="redis://me:s3cret@host:1/0"))
+    assert described["model"] == f"redis://{settings.MASK}@host:1/0"
 
 
 def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

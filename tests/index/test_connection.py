@@ -97,3 +97,19 @@ async def test_a_cluster_keeps_each_model_in_one_slot_and_runs_every_verb(tmp_pa
     finally:
         await index.close()
         server.stop()
+
+
+async def test_a_cancelled_task_ends_wherever_its_call_stands(shared_redis: RedisServer) -> None:
+    index = Index(shared_redis.url, timeout=5.0)
+
+    async def call_for_ever() -> None:
+        while True:
+            await index.members()
+
+    for number in range(1500):
+        task = asyncio.create_task(call_for_ever())
+        await asyncio.sleep(number % 100 * 2e-5)
+        task.cancel()
+        assert (await asyncio.wait({task}, timeout=5))[0], "a cancellation was lost"
+        assert task.cancelled()
+    await index.close()

@@ -79,3 +79,12 @@ async def test_a_lost_batch_shows_at_the_next_one(index: Index) -> None:
     ahead = Registration(registration.mark, 5)
     assert await index.publish(FINGERPRINT, ahead, stored(prompt("x", 1))) is None
     assert await index.announce(member("a"), 10.0, ahead) != ahead
+
+
+async def test_a_model_without_pods_is_no_longer_asked_for(index: Index) -> None:
+    await index.announce(member("a"), 0.05)
+    await asyncio.sleep(0.1)
+    assert await index.members() == []
+    assert await index._connection.command("SMEMBERS", "tasuki:models") == set()
+    await index.announce(member("a"), 10.0)
+    assert [found.fingerprint for found in await index.members()] == [FINGERPRINT]

@@ -84,6 +84,22 @@ def test_ragged_batches_equal_dense_attention(window, heads, kv_heads, head_dim)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 33])
+def test_long_chunks_are_attended_in_pieces_of_bounded_memory(window, monkeypatch):
+    seed = fresh_seed.fresh_seed()
+    torch.manual_seed(seed)
+    monkeypatch.setattr(attention, "MAX_BIAS_ELEMENTS", 2 * 150 * 10)
+    cases = [1, 60, 40], [20, 150, 40]
+    actual, expected = run(random.Random(seed), *cases, 4, 2, 16, window)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    cache = pools.nan_pool(12, 1, 2, 2, BLOCK_SIZE, 8)
+    table = torch.arange(1, 11)[None]
+    plan = attention.plan(cache, table, [60], [150], 0, window, 2)
+    assert len(plan.parts) > 1
+    aligned = 2 * 2 * BLOCK_SIZE * 60
+    assert all(p.bias.numel() <= attention.MAX_BIAS_ELEMENTS + aligned for p in plan.parts)
+
+
 @pytest.mark.parametrize("case", [([1], [1]), ([1], [48]), ([32], [32]), ([1, 1], [15, 64])])
 def test_single_shapes_equal_dense_attention(case):
     seed = fresh_seed.fresh_seed()

@@ -228,11 +228,14 @@ def test_a_context_longer_than_the_models_is_refused(copy):
     assert load(copy("qwen2"), max_model_len=100).max_model_len == 100
 
 
-def test_end_tokens_come_from_the_generation_config(copy):
+def test_end_tokens_are_the_tokenizers_and_those_of_the_configurations(copy):
     folder = copy("qwen3")
     assert load(folder).eos_token_ids == (0, 2)
     (folder / "generation_config.json").unlink()
     assert load(folder).eos_token_ids == (0,)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": tiny_models.SPECIAL_TOKENS[1]}))
+    assert load(folder).eos_token_ids == (1, 0)
 
 
 def test_the_revision_tells_contents_apart_and_not_places(copy, tmp_path):

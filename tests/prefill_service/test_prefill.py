@@ -58,6 +58,16 @@ async def test_a_prompt_without_a_full_block_is_a_400(
         assert response.json()["error"]["param"] == "prompt_token_ids"
 
 
+async def test_a_deadline_that_has_passed_is_a_504_and_leaves_nothing(
+    pod: PodProcess, client: httpx.AsyncClient
+) -> None:
+    request = PrefillRequest(request_id="late", prompt_token_ids=[1] * 100, timeout=0.0)
+    response = await client.post(f"{pod.url}/prefill", content=msgspec.msgpack.encode(request))
+    assert response.status_code == 504
+    assert response.json()["error"]["type"] == "timeout_error"
+    await until_idle(pod)
+
+
 async def test_more_than_fits_is_answered_503_and_what_was_admitted_expires(
     pod: PodProcess, client: httpx.AsyncClient
 ) -> None:

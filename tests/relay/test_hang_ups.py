@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 HANG_UPS = 1000
 AT_ONCE = 32
 POOLED = 8
-"""Threads by which a process's pools may still grow to their bounds; a leak would be hundreds."""
+"""Threads, and connections to Redis, by which a process's pools may still grow to their bounds; a
+leak would be hundreds."""
 MOMENTS = ("connected", "mid-request", "mid-prefill", "mid-stream")
 
 
@@ -34,7 +35,8 @@ async def hang_up(relay: Relay, rng: random.Random) -> str:
             temperature=1.0,
         )
         content = json.dumps(request if request["stream"] else request | {"stream_options": None})
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        head += f"content-length: {len(content)}\r\n\r\n"
         whole = (head + content).encode()
         if moment == "mid-request":
             whole = whole[: rng.randrange(1, len(whole))]
@@ -75,7 +77,7 @@ async def settled(relay: Relay, baseline: dict[str, int], seconds: float) -> dic
         more = {
             name: count - baseline[name]
             for name, count in now.items()
-            if count > baseline[name] + (POOLED if name.endswith("threads") else 0)
+            if count > baseline[name] + (0 if name.endswith("tasks") else POOLED)
         }
         if not more or time.monotonic() > deadline:
             return more

@@ -91,6 +91,8 @@ class Fault:
     """Seconds before anything is answered."""
     stall_after: int = -1
     """Frames after which the stream falls silent."""
+    stray_after: int = -1
+    """Frames after which one of a choice that nobody asked for follows in the same write."""
     delay: float = 0.0
     """Seconds between frames; without `times`, for all requests."""
 
@@ -229,6 +231,8 @@ class FakePod:
                 }
             )
         await asyncio.sleep(fault.hang)
+        if asked.fingerprint not in ("", self.options.fingerprint):
+            fault = Fault(status=503)
         if fault.status:
             headers = {"retry-after": "1"}
             error = {"error": {"message": "as told", "type": "invalid_request_error", "param": "x"}}
@@ -242,6 +246,8 @@ class FakePod:
             for number, frame in enumerate(self._frames(asked, fault)):
                 if fault.stall_after == number:
                     await gone
+                if fault.stray_after == number:
+                    frame += frames.encode(frames.Kind.CHUNK, 99, [1], b"")
                 if 0 <= fault.cut_after < sent + len(frame):
                     await _part(send, frame[: fault.cut_after - sent])
                     raise _Cut
@@ -434,8 +440,9 @@ class Process:
         self.name = name
         self.start()
 
-    def start(self) -> None:
-        """Starts it (again), and waits for its address."""
+    def start(self, *arguments: str) -> None:
+        """Starts it (again), perhaps with more arguments, and waits for its address."""
+        self._command += arguments
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         self.process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, env=environment, text=True

@@ -1,6 +1,8 @@
 """Whatever goes wrong has a name, comes in time, and leaves the taker's rows to the taker."""
 
 import asyncio
+import os
+import resource
 import signal
 import socket
 import time
@@ -124,6 +126,34 @@ async def test_a_giver_restarted_on_the_same_port_is_another_giver():
         offered(successor)
         assert await failure(both.taker, ticket, wanted) == "refused_incarnation"
         await successor.close()
+
+
+async def test_a_giver_short_of_descriptors_listens_again_when_there_are_some():
+    async with pair(fresh_seed()) as both:
+        ticket, spans, wanted = offered(both)
+        caller = socket.socket()
+        caller.setblocking(False)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            await asyncio.get_running_loop().sock_connect(caller, (ticket.host, ticket.port))
+            await asyncio.sleep(0.2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            caller.close()
+        await both.taker.pull(ticket, wanted, 5)
+        both.assert_moved(spans, wanted)
+
+
+async def test_a_port_in_use_is_a_sentence_that_names_it():
+    async with pair(fresh_seed()) as both:
+        second = Pair(fresh_seed(), ["tcp"])
+        port = both.ticket("r").port
+        with pytest.raises(ConfigError, match=f"transfer_port {port}"):
+            await second.giver.start("127.0.0.1", port)
+        await second.close()
 
 
 async def test_nobody_listens_there():

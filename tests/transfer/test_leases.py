@@ -32,7 +32,7 @@ class LeaseMachine(RuleBasedStateMachine):
     @rule(request_id=IDS)
     def open(self, request_id: str) -> None:
         if self.leases.find(request_id) is None:
-            self.leases.open(request_id, 16)
+            self.leases.open(request_id)
             self.opened[request_id] = self.opened.get(request_id, 0) + 1
             self.touched[request_id] = self.now
 

@@ -77,6 +77,22 @@ async def test_many_takers_of_one_giver_and_cancelled_connects_leave_no_descript
         assert open_files() == before
 
 
+async def test_givers_that_come_and_go_leave_no_descriptor_and_no_task_with_the_taker():
+    async with pair(fresh_seed()) as both:
+        counts = []
+        for turn in range(4):
+            other = Pair(turn, ["tcp"], incarnation=f"incarnation-{turn}")
+            await other.giver.start("127.0.0.1", 0)
+            ticket, spans = other.ticket("r"), other.spans(full=8)
+            other.giver.offer("r", spans)
+            other.giver.complete("r")
+            await both.taker.pull(ticket, {"full": dict(enumerate(range(8)))}, 5)
+            counts.append((open_files(), len(asyncio.all_tasks())))
+            await other.close()
+            await asyncio.sleep(0.05)
+        assert counts[-1] == counts[1]
+
+
 async def test_closing_the_taker_fails_what_is_under_way():
     async with pair(fresh_seed()) as both:
         pull = asyncio.create_task(both.taker.pull(both.ticket("r"), {}, 5))

@@ -1,11 +1,11 @@
 """Model families: `load` reads a checkpoint and builds the one its architecture names."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from tasuki_common import tokenizer
 from tasuki_common.errors import ConfigError
 from tasuki_engine import hub, loader
 from tasuki_engine.config import DType, EngineConfig
@@ -71,7 +71,7 @@ def _context(config: EngineConfig, fields: ModelConfig, folder: Path) -> ModelCo
         dtype=dtype,
         state_dtype=_dtype(config.state_dtype),
         max_model_len=config.max_model_len or longest,
-        eos_token_ids=_eos_token_ids(fields, folder),
+        eos_token_ids=tokenizer.eos_token_ids(tokenizer.read_files(folder)),
     )
 
 
@@ -86,13 +86,3 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: DType) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
-
-
-def _eos_token_ids(fields: ModelConfig, folder: Path) -> tuple[int, ...]:
-    """generation_config.json's where it names any, else config.json's."""
-    path = folder / "generation_config.json"
-    if path.exists():
-        named = ModelConfig(json.loads(path.read_bytes()), str(path)).eos_token_ids
-        if named:
-            return named
-    return fields.eos_token_ids
