@@ -56,7 +56,7 @@ def _of_container(pod: str, status: Manifest) -> Trouble | None:
         missing = "SecretMissing" if "secret" in text else "ConfigurationMissing"
         return Trouble(missing, f"Pod {pod} cannot start: {text}.")
     if reason in ("CreateContainerError", "RunContainerError"):
-        return Trouble(reason, f"Pod {pod} cannot start: {text}")
+        return Trouble("CannotStart", f"Pod {pod} cannot start: {text}")
     ended = state.get("terminated") or (status.get("lastState") or {}).get("terminated")
     if status.get("ready") or not ended or ended.get("exitCode") == 0:
         return None
@@ -72,6 +72,8 @@ def _of_end(pod: str, ended: Manifest, restarts: int) -> Trouble:
             f"Pod {pod} was killed for memory, {restarts} times so far; raise its memory limit, or "
             f"lower spec.engine.numBlocks.{tail}",
         )
+    if ended.get("reason") in ("StartError", "ContainerCannotRun"):
+        return Trouble("CannotStart", f"Pod {pod} cannot start: {last}")
     if _NO_MODEL.search(last):
         return Trouble("ModelNotFound", f"Pod {pod} finds no model. {last}")
     if ended.get("exitCode") == 2:

@@ -3,6 +3,7 @@
 Its pods have no engine image here; that a request is answered is tested with the whole system.
 """
 
+import copy
 import json
 import random
 import time
@@ -14,6 +15,8 @@ from cluster.api import Cluster
 from cluster.commands import CommandError
 from fresh_seed import fresh_seed
 from operator_process import Operator, condition, deployment, install, running
+
+from tasuki_operator.schema import Spec
 
 Object = dict[str, Any]
 CHILD_KINDS = (
@@ -277,6 +280,74 @@ def test_a_wrong_spec_is_refused_with_its_field(
     with pytest.raises(CommandError) as caught:
         cluster.apply(deployment("granite", "default", **spec))
     assert words in str(caught.value)
+
+
+RICH: Object = {
+    "model": {
+        "source": "hf://org/name",
+        "revision": "main",
+        "servedName": "granite",
+        "aliases": ["chat"],
+        "tokenSecret": {"name": "hub", "key": "token"},
+    },
+    "engine": {"dtype": "bfloat16", "blockSize": 32, "memoryShare": 0.5, "extra": {"seed": 1}},
+    "prefill": {
+        "replicas": 2,
+        "resources": {"requests": {"cpu": 2}, "limits": {"memory": "8Gi"}},
+        "accelerator": {"resource": "amd.com/gpu", "count": 1},
+        "nodeSelector": {"zone": "a"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "env": [{"name": "A", "value": "b"}],
+        "podTemplate": {"spec": {"priorityClassName": "high"}},
+    },
+    "decode": {"replicas": 3, "image": "x/y:1", "imagePullSecrets": ["registry"]},
+    "transfer": {"backends": ["tcp"], "leaseSeconds": 5.5, "keySecret": {"name": "k", "key": "k"}},
+    "prefixIndex": {"urlSecret": {"name": "redis", "key": "url"}},
+    "gateway": {"prefillThreshold": 100},
+    "rollout": {"maxSurge": 0, "maxUnavailable": 1, "startSeconds": 60, "drainSeconds": 5},
+}
+ODD = ("", "x", "é\n", "9" * 2000, -1, 0, 1.5, 10**12, True, [], {}, ["x"], {"a": 1}, [{}])
+
+
+def spoiled(rng: random.Random) -> tuple[Object, str]:
+    """A spec with one field replaced, removed or made up; and the name of that field."""
+    spec = copy.deepcopy(RICH)
+    place: Any = spec
+    while True:
+        name = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        inner = place[name]
+        if not inner or not isinstance(inner, dict | list) or rng.random() < 0.3:
+            break
+        place = inner
+    field = str(name) if isinstance(place, dict) else ""
+    match rng.randrange(6):
+        case 0:
+            del place[name]
+        case 1 if isinstance(place, dict):
+            field = "unheardOf"
+            place[field] = inner
+        case _:
+            place[name] = rng.choice(ODD)
+    return spec, field
+
+
+def test_what_admission_takes_the_operator_takes_and_all_else_is_refused_with_its_field(
+    cluster: Cluster, operator: Operator
+) -> None:
+    rng = random.Random(fresh_seed())
+    dry = ["apply", "--server-side", "--dry-run=server", "--output=json", "--filename=-"]
+    refusals = []
+    for _ in range(200):
+        spec, field = spoiled(rng)
+        text = json.dumps(deployment("spoiled", "default") | {"spec": spec})
+        try:
+            taken = json.loads(cluster.kubectl(*dry, stdin=text))["spec"]
+        except CommandError as error:
+            refusals.append((field, str(error)))
+        else:
+            Spec.model_validate(taken)
+    assert [said for field, said in refusals if field not in said and "spec." not in said] == []
+    assert len(refusals) > 50
 
 
 def test_a_name_that_children_could_not_have_is_refused(

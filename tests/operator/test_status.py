@@ -217,6 +217,7 @@ HUB = "model is 'a/b', which is no local folder and which the Hub did not give: 
         (_waiting("ImagePullBackOff", "not found"), "ImagePull", "x/y:1"),
         (_waiting("CreateContainerConfigError", 'secret "s" not found'), "SecretMissing", '"s"'),
         (_ended(137, "", "OOMKilled"), "OutOfMemory", "memory"),
+        (_ended(128, "exec: no such file", "StartError"), "CannotStart", "no such file"),
         (_ended(1, "first\nlast words\n"), "CrashLoop", "last words"),
         (
             _ended(2, json.dumps({"reason": "port 1 cannot be used"})),

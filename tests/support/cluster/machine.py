@@ -118,7 +118,7 @@ class Machine:
         return ["nsenter", "--target", str(self.init), *kinds, "--"]
 
     def _prepare(self) -> None:
-        """Network of one bridge without a way out, and standard folders that are its own."""
+        """Network of one bridge without a way out; folders and files that are its own."""
         script = [
             "set -e",
             f"hostname {NAME}",
@@ -133,10 +133,12 @@ class Machine:
             own = self.folder / "own" / path.strip("/").replace("/", "-")
             own.mkdir(parents=True)
             script.append(f"mount --bind {own} {path}")
-        for name, value in TUNABLES.items():
-            own = self.folder / "own" / name.replace("/", "-")
-            own.write_text(f"{value}\n")
-            script.append(f"mount --bind {own} /proc/sys/{name}")
+        files = {f"/proc/sys/{name}": f"{value}\n" for name, value in TUNABLES.items()}
+        files["/etc/resolv.conf"] = f"nameserver {ADDRESS}\n"
+        for path, text in files.items():
+            own = self.folder / "own" / path.strip("/").replace("/", "-")
+            own.write_text(text)
+            script.append(f"mount --bind {own} {path}")
         self.run("sh", "-c", "\n".join(script))
 
     def _make_cgroups(self) -> None:

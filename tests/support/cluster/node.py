@@ -83,8 +83,6 @@ def start(machine: Machine, identities: Identities) -> None:
 
 def _kubelet(machine: Machine, identities: Identities) -> dict[str, object]:
     """KubeletConfiguration: pods' cgroups below the machine's own, nothing evicted early."""
-    resolver = machine.folder / "resolv.conf"
-    resolver.write_text(f"nameserver {ADDRESS}\n")
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -103,7 +101,6 @@ def _kubelet(machine: Machine, identities: Identities) -> dict[str, object]:
         "failCgroupV1": False,
         "clusterDNS": [ADDRESS],
         "clusterDomain": "cluster.local",
-        "resolvConf": str(resolver),
         "serializeImagePulls": False,
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%"},
