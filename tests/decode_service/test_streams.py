@@ -99,7 +99,13 @@ async def test_chat_logprobs_name_tokens_bytes_and_alternatives(
     client: httpx.AsyncClient, decode_pod: PodProcess, model: Path, prompt: list[int]
 ) -> None:
     answer = await generate(
-        client, decode_pod, prompt, endpoint="chat", logprobs=2, return_tokens_as_token_ids=True
+        client,
+        decode_pod,
+        prompt,
+        endpoint="chat",
+        logprobs=2,
+        return_tokens_as_token_ids=True,
+        skip_special_tokens=False,
     )
     entries = [
         entry
@@ -110,8 +116,7 @@ async def test_chat_logprobs_name_tokens_bytes_and_alternatives(
     assert [entry["token"] for entry in entries] == [f"token_id:{t}" for t in answer.tokens[0]]
     assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
     spoken = b"".join(bytes(entry["bytes"]) for entry in entries)
-    heard = spoken.decode(errors="replace").removesuffix("<|endoftext|>")  # not part of the text
-    assert heard == answer.text()
+    assert spoken.decode(errors="replace") == answer.text()
 
 
 async def test_echo_scores_the_prompt_without_generating(
@@ -313,7 +318,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
         after = await round_of(50)
     for (files, threads), (files_before, threads_before) in zip(after, baseline, strict=True):
         assert files <= files_before + 4, "file descriptors stay open"
-        assert threads <= threads_before + 1
+        assert threads <= threads_before + 8, "more than the pools of threads may grow"
 
 
 async def test_tokens_made_for_another_model_are_refused(
