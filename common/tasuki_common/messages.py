@@ -91,6 +91,8 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     priority: int = 0
     timeout: float = 600.0
+    trace: str = ""
+    """`traceparent` of the gateway's leg, where requests are traced."""
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,6 +155,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float = 600.0
     ticket: Ticket | None = None
     resume: tuple[ResumedChoice, ...] = ()
+    trace: str = ""
+    """`traceparent` of the gateway's leg, where requests are traced."""
     """One per choice, or empty: tokens that the client has, never to be sent again."""
 
 

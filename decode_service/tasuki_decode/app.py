@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from tasuki_common import logs
+from tasuki_common import logs, tracing
 from tasuki_common.errors import DeadlineError, OverloadedError, RequestError, TasukiError
 from tasuki_common.frames import CONTENT_TYPE, Kind, encode
 from tasuki_common.messages import GenerateRequest
@@ -60,8 +60,12 @@ class Generations:
             request = await read_message(receive, self._decoder)
             _check(request, self._pod)
             generation = Generation(self._pod, await self._tokenizer_of_model(), request)
+            name, pod = request.request_id, self._pod.config.pod_name
             try:
-                with self._term(request) as term:
+                with (
+                    tracing.span("generate", request.trace, request_id=name, pod=pod),
+                    self._term(request) as term,
+                ):
                     await until_disconnect(receive, self._serve(generation, term, send))
             finally:
                 generation.close()

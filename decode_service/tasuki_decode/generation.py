@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from tasuki_common import logs
+from tasuki_common import logs, tracing
 from tasuki_common.errors import DeadlineError, TasukiError
 from tasuki_common.frames import Kind, encode
 from tasuki_common.messages import GenerateRequest, ResumedChoice, Ticket, Usage
@@ -124,10 +124,12 @@ class Generation:
         try:
             self._check(ticket, first.token_ids)
             timeout = min(pod.config.pull_timeout, request.timeout)
-            self._prefix = await pod.client.pull(
-                self._name, ticket, first.token_ids, request.cache_salt, timeout
-            )
-            self._pinned = True
+            with tracing.span("hand_over", giver=ticket.pod, tokens=ticket.num_tokens) as leg:
+                self._prefix = await pod.client.pull(
+                    self._name, ticket, first.token_ids, request.cache_salt, timeout
+                )
+                self._pinned = True
+                leg.note(bytes=self._prefix.bytes, backend=self._prefix.backend)
             pod.metrics.transferred(self._prefix)
         except PrefixError as error:
             pod.metrics.transfer_failed(error.reason)

@@ -45,6 +45,8 @@ class Exchange:
         """The client left."""
         given = self.headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.trace = self.headers.get(b"traceparent", b"").decode("latin-1")
+        """Of the client's own trace, if it has one."""
         self.path_params: dict[str, str] = scope.get("path_params", {})
         self.limit: asyncio.Timeout
         """The scope within which the request is served."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-from tasuki_common import logs, settings
+from tasuki_common import logs, settings, tracing
 from tasuki_common.errors import ConfigError
 from tasuki_gateway.app import Gateway
 from tasuki_gateway.config import GatewayConfig
@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = settings.load(GatewayConfig, argv, prog="tasuki gateway")
         logs.setup("gateway", config.log_level)
+        tracing.setup("gateway", socket.gethostname())
         gateway = Gateway(config)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")

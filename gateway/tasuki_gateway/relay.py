@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from tasuki_common import frames, hashing, logs
+from tasuki_common import frames, hashing, logs, tracing
 from tasuki_common.errors import DeadlineError, OverloadedError
 from tasuki_common.messages import (
     ErrorBody,
@@ -226,22 +226,25 @@ class Relay:
         self._tries += 1
         prefilled = await self._prefill(choice, name, tokens)
         try:
-            request = msgspec.structs.replace(
-                request,
-                request_id=name,
-                timeout=self._remaining(),
-                ticket=prefilled.ticket if prefilled else None,
-                resume=self._journal.resume(),
-            )
-            pod, response = await self._admit(choice.decode, request)
-            burden = pod.carry(0 if prefilled else len(tokens) - choice.depth)
-            try:
-                return await self._stream(response, burden, prefilled)
-            except (UpstreamError, PodLost) as error:
-                raise self._lost(pod, error) from error
-            finally:
-                response.close()
-                burden.end()
+            with tracing.span("decode", request_id=name) as leg:
+                request = msgspec.structs.replace(
+                    request,
+                    request_id=name,
+                    timeout=self._remaining(),
+                    ticket=prefilled.ticket if prefilled else None,
+                    resume=self._journal.resume(),
+                    trace=leg.header,
+                )
+                pod, response = await self._admit(choice.decode, request)
+                leg.note(pod=pod.member.pod)
+                burden = pod.carry(0 if prefilled else len(tokens) - choice.depth)
+                try:
+                    return await self._stream(response, burden, prefilled)
+                except (UpstreamError, PodLost) as error:
+                    raise self._lost(pod, error) from error
+                finally:
+                    response.close()
+                    burden.end()
         finally:
             if prefilled:
                 prefilled.leave()
@@ -289,7 +292,10 @@ class Relay:
             )
             prefilled = _Prefilled(legs, pod, name, len(tokens) - choice.depth)
             try:
-                status, answer = await legs.post(pod, "/prefill", _encode(body))
+                with tracing.span("prefill", request_id=name, pod=pod.member.pod) as leg:
+                    body = msgspec.structs.replace(body, trace=leg.header)
+                    status, answer = await legs.post(pod, "/prefill", _encode(body))
+                    leg.note(status=status)
                 if status == 200:
                     prefilled.ticket = _ticket_decoder.decode(answer)
                     return prefilled

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from tasuki_common import logs
+from tasuki_common import logs, tracing
 from tasuki_common.errors import DeadlineError, NotFoundError, OverloadedError, RequestError
 from tasuki_common.messages import Endpoint, GenerateRequest, Usage
 from tasuki_gateway import bodies, chunks, metrics, prompts, sampling
@@ -62,20 +62,23 @@ class Service:
         """Runs a handler: limits, deadline, errors, log and metrics."""
         record = Record()
         metrics.in_flight.inc()
-        try:
-            await self._within_limits(handler, exchange, record)
-        except ClientGone:
-            exchange.gone = True
-        except Exception as error:
-            answer = failure(error)
-            if answer.status == 500:
-                log.exception("request_failed", request_id=exchange.request_id)
-            with contextlib.suppress(TimeoutError):  # the client no longer reads
-                async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                    await exchange.fail(answer)
-        finally:
-            metrics.in_flight.dec()
-            self._account(name, exchange, record)
+        with tracing.span(
+            "request", exchange.trace, request_id=exchange.request_id, endpoint=name
+        ) as leg:
+            try:
+                await self._within_limits(handler, exchange, record)
+            except ClientGone:
+                exchange.gone = True
+            except Exception as error:
+                answer = failure(error)
+                if answer.status == 500:
+                    log.exception("request_failed", request_id=exchange.request_id)
+                with contextlib.suppress(TimeoutError):  # the client no longer reads
+                    async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                        await exchange.fail(answer)
+            finally:
+                metrics.in_flight.dec()
+                self._account(name, exchange, record, leg)
 
     async def _within_limits(self, handler: Handler, exchange: Exchange, record: Record) -> None:
         self._authenticate(exchange)
@@ -110,7 +113,7 @@ class Service:
         ):
             raise AuthenticationError("No valid API key: send it as Authorization: Bearer KEY.")
 
-    def _account(self, name: str, exchange: Exchange, record: Record) -> None:
+    def _account(self, name: str, exchange: Exchange, record: Record, leg: tracing.Span) -> None:
         seconds = time.monotonic() - exchange.began
         status = _CLIENT_LEFT if exchange.gone else exchange.status
         metrics.requests.labels(record.model, name, status).inc()
@@ -122,6 +125,7 @@ class Service:
         if usage is not None:
             metrics.prompt_tokens.inc(usage.prompt_tokens)
             metrics.completion_tokens.inc(usage.completion_tokens)
+        leg.note(model=record.model, status=status, failovers=record.failovers)
         log.info(
             "request_done",
             request_id=exchange.request_id,

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from tasuki_common import logs
+from tasuki_common import logs, tracing
 from tasuki_common.errors import ConfigError, TasukiError
 from tasuki_common.messages import Role
 from tasuki_common.settings import describe, load
@@ -36,6 +36,7 @@ def main(role: Role, argv: Sequence[str], routes: Routes) -> int:
     try:
         config = load(PodConfig, argv, prog=f"tasuki {role}")
         logs.setup(component=role, level=config.log_level)
+        tracing.setup(role, config.pod_name)
         log.info("settings", **describe(config))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_run(config, role, routes))

@@ -7,6 +7,7 @@ admits, names and cancels.
 import asyncio
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from tasuki_common import tracing
 from tasuki_common.errors import DeadlineError, RequestError
 from tasuki_common.messages import PrefillRequest, Ticket
 from tasuki_engine.request import EngineRequest
@@ -32,6 +34,15 @@ def routes(pod: Pod) -> Sequence[BaseRoute]:
     ]
 
 
+class _Open(NamedTuple):
+    """A prefix that is being computed or kept."""
+
+    request_id: str
+    """The gateway's."""
+    leg: tracing.Span
+    """Until it is released."""
+
+
 class Prefills:
     """Prefixes that are being computed or kept, by the gateway's request id.
 
@@ -42,8 +53,8 @@ class Prefills:
         self._pod = pod
         self._decoder = msgspec.msgpack.Decoder(PrefillRequest)
         self._numbers = itertools.count()
-        self._open: dict[str, str] = {}
-        """Engine's id to gateway's."""
+        self._open: dict[str, _Open] = {}
+        """By the engine's id."""
         pod.on_prefix_ended.append(self._on_ended)
 
     async def prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +71,7 @@ class Prefills:
     async def delete(self, request: Request) -> Response:
         """DELETE /requests/{id}: nothing of it is computed or kept any more."""
         name = request.path_params["request_id"]
-        self._pod.client.abort([ours for ours, theirs in self._open.items() if theirs == name])
+        self._pod.client.abort([ours for ours, it in self._open.items() if it.request_id == name])
         return Response(status_code=204)
 
     async def _admit(self, request: PrefillRequest) -> Ticket:
@@ -82,11 +93,14 @@ class Prefills:
             cache_salt=request.cache_salt,
             hand_over=True,
         )
-        self._open[name] = request.request_id
+        leg = tracing.start(
+            "prefix", request.trace, request_id=name, pod=config.pod_name, tokens=covered
+        )
+        self._open[name] = _Open(request.request_id, leg)
         try:
             await pod.client.admit(name, [engine_request], Mailbox())
         except BaseException:
-            self._open.pop(name, None)
+            self._end(name, "refused")
             raise
         return Ticket(
             request_id=name,
@@ -102,5 +116,10 @@ class Prefills:
         )
 
     def _on_ended(self, ended: PrefixEnded) -> None:
-        self._open.pop(ended.request_id, None)
+        self._end(ended.request_id, ended.outcome)
         self._pod.metrics.request_ended("prefill")
+
+    def _end(self, name: str, outcome: str) -> None:
+        if (gone := self._open.pop(name, None)) is not None:
+            gone.leg.note(outcome=outcome)
+            gone.leg.end()
