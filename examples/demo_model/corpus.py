@@ -31,7 +31,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PACKAGES = {
-    "anarchism": "GFDL-1.3+ or GPL-2+",
+    "anarchism": "GPL-2",
     "apache2-doc": "Apache-2.0",
     "bible-kjv-text": "public domain",
     "debian-faq": "GPL-2+",
@@ -39,7 +39,7 @@ PACKAGES = {
     "debian-history": "GPL-2+",
     "debian-policy": "GPL-2+",
     "debian-reference-en": "GPL-2+",
-    "developers-reference": "GPL-2+",
+    "developers-reference": "GPL-2",
     "git-doc": "GPL-2",
     "gnome-user-docs": "CC-BY-SA-3.0+",
     "installation-guide-amd64": "GPL-2+",
