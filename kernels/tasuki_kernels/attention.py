@@ -1,163 +1,146 @@
-"""Attention over a paged KV cache: one query per sequence (decode) and ragged chunks (prefill).
+"""Attention over a paged KV cache, with all that comes between its two matrix products.
 
-K and V of the step's tokens are written before (`kv_write`), so everything is read from the cache.
-What is the same for all layers is planned once a step: `plan`, then `paged_attention` per layer.
+What is the same for all layers is planned once a step: `plan`; then `attend` per layer normalises
+and rotates q and k, writes K and V into the cache, and attends. A step may mix decodes (one query
+each) and ragged chunks.
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
-MAX_BIAS_ELEMENTS = 1 << 26
-"""Of one part: a long chunk of a long context is attended some queries at a time."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """`count` sequences of `queries` tokens each, in the query rows `tokens`.
-
-    gather: flat int64 [2 * count * kv_heads * blocks], rows of the cache at layer 0.
-    bias: [count, 1, 1 or group * queries, keys], 0 where a key is seen, else minus infinity.
-    """
-
-    tokens: slice | torch.Tensor
-    count: int
-    queries: int
-    gather: torch.Tensor
-    bias: torch.Tensor
+from tasuki_kernels import (
+    attention_decode,
+    attention_prefill,
+    attention_reference,
+    kv_write,
+    qk_prepare,
+)
+from tasuki_kernels.attention_reference import ReferencePlan
+from tasuki_kernels.backend import use_triton
+from tasuki_kernels.norm import rms_norm
+from tasuki_kernels.rope import QkNorm, RopeStep, apply_rope
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionPlan:
-    """Which rows of the cache each sequence of a step reads.
+class KernelPlan:
+    """A step's decodes and chunks for the Triton kernels; either may be missing."""
 
-    rows: the cache as [blocks * layers * 2 * kv_heads, block_size * head_dim], the same memory.
-    """
+    cache: torch.Tensor
+    slot_mapping: torch.Tensor
+    num_decodes: int
+    decode: attention_decode.DecodePlan | None
+    prefill: attention_prefill.PrefillPlan | None
 
-    rows: torch.Tensor
-    kv_heads: int
-    parts: list[_Part]
+
+AttentionPlan = ReferencePlan | KernelPlan
 
 
 def plan(
     cache: torch.Tensor,
     block_table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    context_lens: torch.Tensor,
     query_lens: list[int],
-    context_lens: list[int],
+    context_lens_host: list[int],
     num_decodes: int,
     window: int | None,
     group: int,
+    plain: bool = True,
 ) -> AttentionPlan:
     """Plan one step for all layers of `cache`.
 
     cache: [blocks, layers, 2, kv_heads, block_size, head_dim], each block contiguous.
-    block_table: [seqs, max_blocks]; entries past the context or behind the window are not read.
-    query_lens, context_lens: per sequence; the queries are the last tokens of the context. The
-    first `num_decodes` sequences have one query each and are computed together, those of similar
-    context length at a time.
+    block_table: [seqs, max_blocks] int32; entries past the context or behind the window are not
+    read. slot_mapping: [tokens] int64, block * block_size + offset of each token's place.
+    context_lens: [seqs] int32, as on the host in `context_lens_host`; the queries are the last
+    tokens of the context. The first `num_decodes` sequences have one query each.
     window: keys a query sees, itself included; None: all. group: query heads per KV head.
+    plain: `attend` will get neither softcap nor sinks.
+
+    With kernels the host's lists are read for the chunks alone, and a step of decodes is planned
+    without them by one launch, which a CUDA graph may hold; context length 0 marks a padded row,
+    whose K and V go to its slot_mapping and whose result is zero.
     """
-    parts = []
-    seen = [min(length, window or length) for length in context_lens[:num_decodes]]
-    for seqs in _by_length(seen):
-        everyone = len(seqs) == num_decodes
-        rows = slice(0, num_decodes) if everyone else torch.tensor(seqs, device=cache.device)
-        contexts = [context_lens[seq] for seq in seqs]
-        parts.append(_part(cache, block_table[rows], rows, 1, contexts, window, group))
-    start = num_decodes
-    for seq in range(num_decodes, len(query_lens)):
-        length, context = query_lens[seq], context_lens[seq]
-        for first, last in _pieces(length, group * min(context, length + (window or context))):
-            rows, contexts = slice(start + first, start + last), [context - length + last]
-            table = block_table[seq : seq + 1]
-            parts.append(_part(cache, table, rows, last - first, contexts, window, group))
-        start += length
-    return AttentionPlan(rows=_as_rows(cache), kv_heads=cache.shape[3], parts=parts)
+    if not use_triton(cache):
+        return attention_reference.plan(
+            cache, block_table, slot_mapping, query_lens, context_lens_host, num_decodes, window,
+            group,
+        )  # fmt: skip
+    decode = prefill = None
+    if num_decodes:
+        decode = attention_decode.plan(
+            cache, block_table, slot_mapping, context_lens, num_decodes, window, group
+        )
+    if len(query_lens) > num_decodes:
+        row, chunks = num_decodes, []
+        for seq in range(num_decodes, len(query_lens)):
+            length = query_lens[seq]
+            chunks.append(attention_prefill.Chunk(seq, row, length, context_lens_host[seq]))
+            row += length
+        prefill = attention_prefill.plan(cache, block_table, chunks, window, group, plain)
+    return KernelPlan(cache, slot_mapping, num_decodes, decode, prefill)
 
 
-def paged_attention(
-    query: torch.Tensor, plan: AttentionPlan, layer: int, scale: float
+def attend(
+    qkv: torch.Tensor,
+    plan: AttentionPlan,
+    layer: int,
+    scale: float,
+    *,
+    norm: QkNorm | None = None,
+    rope: RopeStep | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend each query to its sequence's keys; softmax in float32 or better.
+    """One layer's attention, from the product with the qkv weights to that with the output's.
 
-    query: [tokens, heads, head_dim], any strides, heads of one KV head adjacent.
-    Returns [tokens, heads * head_dim]. Reads each sequence's K and V once.
+    qkv: [tokens, heads + 2 * kv_heads, head_dim], each token's row contiguous, heads of one KV head
+    adjacent; changed in place. scale: of the scores, positive. softcap: scores are squeezed into
+    (-softcap, softcap). sinks: [heads], the score of one more key per head whose value is zero.
+    Returns [tokens, heads * head_dim]; norms, rotations and softmax in float32.
     """
-    tokens, heads, head_dim = query.shape
-    kv_heads = plan.kv_heads
-    group = heads // kv_heads
-    out = query.new_empty(tokens, heads * head_dim)
-    for part in plan.parts:
-        gathered = plan.rows.index_select(0, part.gather + layer * 2 * kv_heads)
-        shape = (2, part.count, kv_heads, -1, head_dim)
-        key, value = gathered.view(shape).to(query.dtype).unbind(0)
-        # The heads of a group become further queries of their one KV head.
-        folded = query[part.tokens].view(part.count, part.queries, kv_heads, group, head_dim)
-        folded = folded.permute(0, 2, 3, 1, 4).reshape(part.count, kv_heads, -1, head_dim)
-        result = F.scaled_dot_product_attention(folded, key, value, part.bias, scale=scale)
-        result = result.view(part.count, kv_heads, group, part.queries, head_dim)
-        out[part.tokens] = result.permute(0, 3, 1, 2, 4).reshape(-1, heads * head_dim)
+    if isinstance(plan, ReferencePlan):
+        return _attend_reference(qkv, plan, layer, scale, norm, rope, softcap, sinks)
+    tokens, rows, head_dim = qkv.shape
+    kv_heads = plan.cache.shape[3]
+    options = softcap, sinks
+    if plan.prefill is not None:
+        qk_prepare.prepare(qkv, plan.cache, plan.slot_mapping, layer, norm, rope, plan.num_decodes)
+        if plan.prefill.is_one_dense(tokens):
+            return attention_prefill.attend_dense(
+                qkv, kv_heads, scale, plan.prefill.dense[0].prompts
+            )
+    out = qkv.new_empty(tokens, (rows - 2 * kv_heads) * head_dim)
+    if plan.decode is not None:
+        attention_decode.attend(
+            qkv, plan.cache, plan.decode, layer, scale, out, norm, rope, *options
+        )
+    if plan.prefill is not None:
+        attention_prefill.attend(qkv, plan.cache, plan.prefill, layer, scale, out, *options)
     return out
 
 
-def _by_length(lengths: list[int]) -> list[list[int]]:
-    """Sequences grouped so that padding to a group's longest at most doubles its keys."""
-    groups: dict[int, list[int]] = {}
-    for seq, length in enumerate(lengths):
-        # Below 128 keys a call's fixed cost outweighs the padding.
-        groups.setdefault(max(length - 1, 127).bit_length(), []).append(seq)
-    return list(groups.values())
-
-
-def _pieces(queries: int, elements_per_query: int) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of as many queries as one bias may hold."""
-    step = max(1, MAX_BIAS_ELEMENTS // elements_per_query)
-    for first in range(0, queries, step):
-        yield first, min(first + step, queries)
-
-
-def _part(
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    tokens: slice | torch.Tensor,
-    queries: int,
-    contexts: list[int],
-    window: int | None,
-    group: int,
-) -> _Part:
-    """Plan sequences with `queries` tokens each; `block_table` has their rows alone."""
-    device = cache.device
-    _, _, _, kv_heads, block_size, head_dim = cache.shape
-    context = torch.tensor(contexts, device=device)[:, None]
-    last_block = (context - 1) // block_size
-    first_block = torch.zeros_like(last_block)
-    if window is not None:
-        first_block = (context - queries - window + 1).clamp_(min=0) // block_size
-    span = int((last_block - first_block).max()) + 1
-    # Shorter sequences repeat their last block, unseen.
-    columns = torch.minimum(first_block + torch.arange(span, device=device), last_block)
-    blocks = block_table.gather(1, columns).long()
-    row_of_block = blocks * (cache.stride(0) // (block_size * head_dim))
-    row_in_block = torch.arange(2 * kv_heads, device=device).view(2, 1, kv_heads, 1)
-    gather = row_of_block[None, :, None, :] + row_in_block
-
-    key_position = first_block * block_size + torch.arange(span * block_size, device=device)
-    query_position = context - queries + torch.arange(queries, device=device)
-    mask = key_position[:, None, :] <= query_position[:, :, None]
-    if window is not None:
-        mask &= key_position[:, None, :] > query_position[:, :, None] - window
-    if queries > 1:
-        mask = mask.repeat(1, group, 1)
-    bias = torch.zeros(mask.shape, dtype=cache.dtype, device=device).masked_fill_(~mask, -torch.inf)
-    return _Part(tokens, len(contexts), queries, gather.flatten(), bias[:, None])
-
-
-def _as_rows(cache: torch.Tensor) -> torch.Tensor:
-    """[blocks * layers * 2 * kv_heads, block_size * head_dim] over the memory of `cache`."""
-    blocks, _, _, _, block_size, head_dim = cache.shape
-    row = block_size * head_dim
-    assert cache[0].is_contiguous(), "a block must be one contiguous span"
-    assert cache.stride(0) % row == 0, "blocks must lie whole rows apart"
-    return cache.as_strided((blocks * (cache.stride(0) // row), row), (row, 1))
+def _attend_reference(
+    qkv: torch.Tensor,
+    plan: ReferencePlan,
+    layer: int,
+    scale: float,
+    norm: QkNorm | None,
+    rope: RopeStep | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    tokens, rows, head_dim = qkv.shape
+    kv_heads = plan.cache.shape[3]
+    heads = rows - 2 * kv_heads
+    if norm is not None or rope is not None:
+        rotated = qkv[:, : heads + kv_heads]
+        if norm is not None:
+            rotated = rms_norm(rotated, norm.weight, norm.eps)
+        if rope is not None:
+            rotated = apply_rope(rotated, rope.cos, rope.sin)
+        qkv[:, : heads + kv_heads] = rotated
+    kv = qkv[:, heads:].view(tokens, 2, kv_heads, head_dim)
+    kv_write.write_kv(plan.cache, layer, plan.write_rows, kv)
+    return attention_reference.paged_attention(qkv[:, :heads], plan, layer, scale, softcap, sinks)

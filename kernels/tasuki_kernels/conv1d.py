@@ -1,14 +1,17 @@
 """Causal depthwise convolution with SiLU: ragged chunks (prefill) and one token each (decode).
 
 The state of a sequence is the window of its last `kernel - 1` inputs, oldest first, kept by slot in
-`states` [slots, kernel - 1, channels] (any stride between slots). A sequence that starts must find
-zeros in its slot.
+`states` [slots, kernel - 1, channels] (any stride between slots). The torch references want zeros
+in the slot of a sequence that starts. In Triton, decodes are part of `ssd_decode.py`, and prefills
+of `ssd_prepare.py`, for which the device functions are here.
 """
 
 import dataclasses
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,3 +115,92 @@ def causal_conv1d_update(
     if bias is not None:
         out.add_(bias)
     return F.silu(out, inplace=True)
+
+
+@triton.jit
+def convolve_block(
+    inputs,
+    window,
+    held,
+    weight,
+    bias,
+    entry,
+    channels,
+    out,
+    row_stride,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Some tokens of one sequence, each input read once; before the first lies the old window."""
+    inside = channels < CHANNELS
+    first, end, start = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    taps = ()
+    rows = ()
+    for tap in tl.static_range(KERNEL):
+        scale = tl.load(weight + tap * CHANNELS + channels, mask=inside, other=0.0)
+        taps += (scale,)  # type: ignore[assignment]
+    for tap in tl.static_range(KERNEL - 1):
+        row = first - (KERNEL - 1) + tap
+        value = _input(inputs, window, held, row, start, channels, row_stride, CHANNELS, KERNEL)
+        rows += (value,)  # type: ignore[assignment]
+    places = inputs + first.to(tl.int64) * row_stride + channels
+    for t in tl.static_range(TOKENS):
+        valid = channels < tl.where(t < end - first, CHANNELS, 0)
+        value = tl.load(places + t * row_stride, mask=valid, other=0.0)
+        rows += (value,)  # type: ignore[assignment]
+    shift = tl.zeros(channels.shape, tl.float32)
+    if HAS_BIAS:
+        shift += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    target = out + first.to(tl.int64) * CHANNELS + channels
+    for t in tl.static_range(TOKENS):
+        total = shift
+        for tap in tl.static_range(KERNEL):
+            total += rows[t + tap].to(tl.float32) * taps[tap].to(tl.float32)
+        result = (total * tl.sigmoid(total)).to(out.dtype.element_ty)
+        valid = channels < tl.where(t < end - first, CHANNELS, 0)
+        tl.store(target + t * CHANNELS, result, mask=valid)
+
+
+@triton.jit
+def _input(
+    inputs,
+    window,
+    held,
+    row,
+    start,
+    channels,
+    row_stride,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+):
+    """An input row of a sequence; before its first row of the step, out of its old window."""
+    in_step = channels < tl.where(row >= start, CHANNELS, 0)
+    new = tl.load(inputs + row.to(tl.int64) * row_stride + channels, mask=in_step, other=0.0)
+    place = window + (row - start + KERNEL - 1) * CHANNELS
+    old = tl.load(place, mask=held & (channels >= tl.where(row >= start, CHANNELS, 0)), other=0.0)
+    return tl.where(in_step, new, old)
+
+
+@triton.jit
+def export_window(
+    inputs,
+    window,
+    held,
+    states,
+    entry,
+    channels,
+    row_stride,
+    slot_stride,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+):
+    """The window at a checkpoint, of which the oldest inputs may lie in the old window."""
+    inside = channels < CHANNELS
+    end, start = tl.load(entry), tl.load(entry + 1)
+    target = states + tl.load(entry + 3).to(tl.int64) * slot_stride + channels
+    for tap in tl.static_range(KERNEL - 1):
+        row = end - (KERNEL - 1) + tap
+        value = _input(inputs, window, held, row, start, channels, row_stride, CHANNELS, KERNEL)
+        tl.store(target + tap * CHANNELS, value, mask=inside)

@@ -6,8 +6,8 @@ Per head, with decay a_t = exp(dt_t * A) and state S [head_dim, state_size]:
 
 The chunked form (Dao & Gu 2024, section 6) computes a chunk by matrix products and carries the
 state between chunks. States lie by slot in `states` [slots, heads, head_dim, state_size] (any
-stride between slots). A sequence that starts must find zeros in its slot. All is computed in
-float32.
+stride between slots). The torch references here want zeros in the slot of a sequence that starts,
+and compute in float32. In Triton: `ssd_decode.py`, `ssd_scan.py`.
 """
 
 import dataclasses
@@ -18,6 +18,26 @@ import torch.nn.functional as F
 CHUNK = 64
 _STEP = 16
 """Widths of segments are multiples of it: a prompt's short rest does not cost a whole chunk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+    """Weights and numbers of one mixer between its two projections.
+
+    conv_weight: [kernel, conv_dim], the last row meets the newest token; conv_bias: [conv_dim] or
+    None; A (negative), D, dt_bias: [heads] float32; norm_weight: [heads * head_dim]. The sizes
+    conv_dim = heads * head_dim + 2 * groups * state_size are those of the states.
+    """
+
+    conv_weight: torch.Tensor
+    conv_bias: torch.Tensor | None
+    A: torch.Tensor
+    D: torch.Tensor
+    dt_bias: torch.Tensor
+    norm_weight: torch.Tensor
+    groups: int
+    eps: float
+    dt_limits: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tasuki_kernels import activation, norm, rope
+from tasuki_kernels.backend import interpreted
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +39,6 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
     assert torch.equal(result, norm.rms_norm(x.float(), weight.float(), 1e-6).bfloat16())
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_gated_rms_norm_gates_first_and_normalises_each_group(groups):
-    x, gate, weight, eps = torch.randn(6, 32), torch.randn(6, 40)[:, 8:], torch.randn(32), 1e-5
-    gated = (x.double() * gate.double() * torch.sigmoid(gate.double())).view(6, groups, -1)
-    exact = gated / torch.sqrt(gated.square().mean(-1, keepdim=True) + eps)
-    close(norm.gated_rms_norm(x, gate, weight, eps, groups), exact.view(6, 32) * weight.double())
-
-
 def test_swiglu_gates_the_second_half_with_the_first():
     x = torch.randn(5, 24)
     gate, up = x.double().chunk(2, dim=-1)
@@ -72,3 +65,32 @@ def test_rope_turns_each_pair_by_position_times_frequency():
             other = a * math.sin(angle) + b * math.cos(angle)
             close(result[token, :, pair], 1.5 * turned)
             close(result[token, :, pair + dim // 2], 1.5 * other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 33), (5, 3, 16), (0, 8)])
+def test_the_rms_norm_kernel_equals_its_reference(shape, dtype):
+    wide = torch.full((*shape[:-1], shape[-1] + 3), torch.nan, dtype=dtype)
+    x, weight = wide[..., : shape[-1]], torch.randn(shape[-1]).to(dtype)
+    x.normal_()
+    expected = norm.rms_norm(x, weight, 1e-5)
+    with interpreted():
+        result = norm.rms_norm(x, weight, 1e-5)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 2 * 33), (3, 2 * 1100), (0, 8)])
+def test_the_activation_kernels_equal_their_references(shape, dtype):
+    x = (torch.randn(shape) * 4.0).to(dtype)
+    with interpreted():
+        gated, squared = activation.swiglu(x), activation.relu2_(x.clone())
+    torch.testing.assert_close(gated, activation.swiglu(x.clone()))
+    torch.testing.assert_close(squared, activation.relu2_(x.clone()))
+
+
+@pytest.mark.parametrize("function", [activation.swiglu, activation.relu2_])
+def test_activation_kernels_do_not_hide_nan(function):
+    with interpreted():
+        assert function(torch.full((2, 8), torch.nan)).isnan().all()

@@ -1,10 +1,13 @@
-"""A goodness-of-fit test that fails by chance once in about ten million."""
+"""A goodness-of-fit test that fails by chance once in about a billion.
+
+Pairs that overlap vary more than independent ones: of them it fails once in about forty million.
+"""
 
 import math
 from collections.abc import Sequence
 
-_NORMAL_QUANTILE = 5.2
-"""Of 1 - 1e-7."""
+_NORMAL_QUANTILE = 6.0
+"""Of 1 - 1e-9."""
 
 
 def assert_fits(counts: Sequence[int], probabilities: Sequence[float]) -> None:

@@ -2,9 +2,13 @@
 
 It keeps token ids in its KV blocks and a polynomial hash of all tokens in its state slot. The next
 token is a hash of what it reads back from all three, so a block, a window or a state that is not
-what it should be changes the output at once. `expected` computes the same from the plain list.
+what it should be changes the output at once. `expected` computes the same from the plain list. What
+is no number in a cache (NaN) makes no number of all that is computed from it, as in any model.
 """
 
+import dataclasses
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +26,8 @@ VOCAB_SIZE = 211
 _PRIME = 65521
 
 
-def _hash(tokens: list[int], start: int = 0) -> int:
+def _hash(tokens: Iterable[float], start: float = 0) -> float:
+    """A whole number, exact in a float, unless one of them is NaN."""
     for token in tokens:
         start = (start * 257 + token + 1) % _PRIME
     return start
@@ -60,14 +65,14 @@ class HistoryModel:
 
     def expected(self, tokens: list[int]) -> int:
         """The token after `tokens`."""
-        total = 0
+        total = 0.0
         if self.cache_spec.full is not None:
             total += _hash(tokens)
         if self.cache_spec.window is not None:
             total += 3 * _hash(tokens[-(self.cache_spec.window.window or 0) :])
         if self.cache_spec.state is not None:
             total += 7 * _hash(tokens)
-        return total % VOCAB_SIZE
+        return int(total) % VOCAB_SIZE
 
     def continuation(self, prompt: list[int], length: int) -> list[int]:
         """What greedy decoding gives, eos ignored."""
@@ -79,8 +84,10 @@ class HistoryModel:
     def forward(self, step: StepInput, caches: Caches) -> torch.Tensor:
         """Float32 logits [rows, vocabulary]: 10 for the token that comes next, 0 elsewhere."""
         if self.keep_steps:
-            self.steps.append(step)
-        totals = [0] * len(step.token_ids)
+            slots = step.state_slots
+            kept = slots.clone() if slots is not None else None  # the next step writes there
+            self.steps.append(dataclasses.replace(step, state_slots=kept))
+        totals = [0.0] * len(step.token_ids)
         starts = step.query_start.tolist()
         for group, cache, factor, width in (
             (step.full, caches.full, 1, None),
@@ -92,9 +99,14 @@ class HistoryModel:
             self._attend(step, group, cache, factor, seen, starts, totals)
         if step.state_slots is not None:
             self._recur(step, caches, starts, totals)
+        assert step.logits_rows is not None
         logits = torch.zeros(len(step.logits_rows), VOCAB_SIZE)
         for row, token_row in enumerate(step.logits_rows.tolist()):
-            logits[row, totals[token_row] % VOCAB_SIZE] = 10.0
+            total = totals[token_row]
+            if math.isnan(total):
+                logits[row] = math.nan
+            else:
+                logits[row, int(total) % VOCAB_SIZE] = 10.0
         return logits
 
     def _attend(
@@ -105,7 +117,7 @@ class HistoryModel:
         factor: int,
         seen: int | None,
         starts: list[int],
-        totals: list[int],
+        totals: list[float],
     ) -> None:
         block_size = cache.shape[4]
         keys = cache[:, 0, 0, 0, :, 0]
@@ -119,18 +131,21 @@ class HistoryModel:
                 end = context - length + i + 1
                 begin = 0 if seen is None else max(0, end - seen)
                 read = [
-                    int(keys[table[seq][p // block_size], p % block_size])
+                    float(keys[table[seq][p // block_size], p % block_size])
                     for p in range(begin, end)
                 ]
                 totals[starts[seq] + i] += factor * _hash(read)
 
-    def _recur(self, step: StepInput, caches: Caches, starts: list[int], totals: list[int]) -> None:
+    def _recur(
+        self, step: StepInput, caches: Caches, starts: list[int], totals: list[float]
+    ) -> None:
         assert step.state_slots is not None
         assert caches.conv is not None
         assert caches.ssm is not None
         wanted = {(c.seq, c.num_tokens): c.slot for c in step.checkpoints}
         for seq, slot in enumerate(step.state_slots.tolist()):
-            value = int(caches.ssm[slot, 0, 0, 0, 0]) if step.has_state[seq] else 0
+            started = step.context_lens_host[seq] > step.query_lens[seq]
+            value = float(caches.ssm[slot, 0, 0, 0, 0]) if started else 0.0
             for i in range(step.query_lens[seq]):
                 token = int(step.token_ids[starts[seq] + i])
                 value = _hash([token], value)

@@ -5,6 +5,23 @@ from collections import Counter
 
 from tasuki_engine.sampler import SamplerRow
 
+_MASK64 = (1 << 64) - 1
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def noise(seed: int, sample_index: int, position: int, token: int) -> float:
+    """What the token gets in the race for this place of the text."""
+    key = _mix((_mix((_mix(seed & _MASK64) + sample_index) & _MASK64) + position) & _MASK64)
+    bits = _mix((key + token * 0x9E3779B97F4A7C15) & _MASK64)
+    share = ((bits & (1 << 63) - 1) | 1) / 2**64
+    return -math.log(-math.log(share) if bits >> 63 else -math.log1p(-share))
+
 
 def adjusted_logits(logits: list[float], row: SamplerRow) -> list[float]:
     """After min_tokens mask, logit_bias and penalties."""

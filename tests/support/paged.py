@@ -70,11 +70,20 @@ class PagedModel:
         ordered = [chunks[i] for i in order]
         step = self._step_input(ordered)
         logits = self.model.forward(step, self.caches)
+        for chunk in chunks:
+            for tokens, slot in chunk.checkpoints:
+                if tokens == len(chunk.tokens):
+                    self._copy_state(chunk.sequence.slot, slot)
         parts = torch.log_softmax(logits, dim=-1).split([len(c.tokens) for c in ordered])
         result: list[torch.Tensor] = [torch.empty(0)] * len(chunks)
         for place, part in zip(order, parts, strict=True):
             result[place] = part.cpu()
         return result
+
+    def _copy_state(self, source: int, target: int) -> None:
+        for cache in (self.caches.conv, self.caches.ssm):
+            if cache is not None:
+                cache[target] = cache[source]
 
     def _step_input(self, chunks: list[Chunk]) -> StepInput:
         device = self.model.device
@@ -96,11 +105,11 @@ class PagedModel:
             state_slots=torch.tensor([c.sequence.slot for c in chunks], device=device)
             if spec.state
             else None,
-            has_state=[start > 0 for start in starts],
             checkpoints=[
                 Checkpoint(seq, tokens, slot)
                 for seq, chunk in enumerate(chunks)
                 for tokens, slot in sorted(chunk.checkpoints)
+                if tokens < len(chunk.tokens)
             ],
             logits_rows=torch.arange(sum(lens), device=device),
         )
