@@ -88,7 +88,7 @@ class Pool:
         if self._names[unit] is not None and self._keep:
             self._cached[self._dear[unit]][unit] = None
             return
-        self._forget(unit)
+        self._unname(unit)
         self._free.append(unit)
 
     def publish(self, unit: int, name: bytes, *, parent: bytes = b"", dear: bool = False) -> bool:
@@ -112,6 +112,16 @@ class Pool:
         """The unit of that name."""
         return self._by_name.get(name)
 
+    def forget(self, name: bytes) -> None:
+        """Takes a name away: nobody finds its unit by it any more; who holds it keeps it."""
+        unit = self._by_name.get(name)
+        if unit is None:
+            return
+        if self._references[unit] == 0:
+            del self._cached[self._dear[unit]][unit]
+            self._free.append(unit)
+        self._unname(unit)
+
     def _make_dear(self, unit: int) -> None:
         if not self._dear[unit]:
             if unit in self._cached[0]:
@@ -123,7 +133,7 @@ class Pool:
         if self._free:
             return self._free.pop()
         unit, _ = (self._cached[0] or self._cached[1]).popitem(last=False)
-        self._forget(unit)
+        self._unname(unit)
         return unit
 
     def _give_out(self, unit: int) -> int:
@@ -131,7 +141,7 @@ class Pool:
         self.generation[unit] += 1
         return unit
 
-    def _forget(self, unit: int) -> None:
+    def _unname(self, unit: int) -> None:
         name = self._names[unit]
         self._dear[unit] = 0
         if name is None:

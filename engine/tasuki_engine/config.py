@@ -28,7 +28,8 @@ class EngineConfig:
     max_num_seqs: int | None = None
     """Requests in the running batch; None: 256 on CUDA, 32 on the CPU, or as state slots allow."""
     max_num_batched_tokens: int | None = None
-    """Token budget of one step; None: 8192 on CUDA, 512 on the CPU."""
+    """Token budget of one step; None: 8192 on CUDA, 512 on the CPU. Where it saves a prompt a step
+    of its own, a step has up to a sixteenth more."""
     block_size: int = 16
     """Tokens in a KV block, and the grid on which prefixes are shared."""
     checkpoint_interval: int = 256

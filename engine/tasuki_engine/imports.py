@@ -15,6 +15,8 @@ class _Import:
     names: list[bytes]
     units: dict[str, dict[int, int]]
     """Held, by pool and ordinal."""
+    local: dict[str, set[int]]
+    """Ordinals, by pool, of what was here already."""
     committed: bool = False
 
 
@@ -34,6 +36,7 @@ class Imports:
             raise RequestError(f"Prefix {prefix_id!r} is reserved already.", param="prefix_id")
         units: dict[str, dict[int, int]] = {}
         wanted: dict[str, dict[int, int]] = {}
+        local: dict[str, set[int]] = {}
         num_local = 0
         for pool, ordinals in self._needs(names):
             found = {o: unit for o in ordinals if (unit := pool.find(names[o])) is not None}
@@ -41,7 +44,7 @@ class Imports:
                 pool.hold(unit)
             missing = [ordinal for ordinal in ordinals if ordinal not in found]
             room = pool.take(len(missing))
-            units[pool.name] = found
+            units[pool.name], local[pool.name] = found, set(found)
             if room is None:
                 self._drop(units)
                 return None
@@ -51,7 +54,7 @@ class Imports:
                 wanted[pool.name] = _as_spans(pool, new)
             if pool is self._cache.full:
                 num_local = len(found) * self._cache.block_size
-        self._imports[prefix_id] = _Import(list(names), units)
+        self._imports[prefix_id] = _Import(list(names), units, local)
         num_tokens = len(names) * self._cache.block_size
         return Reservation(
             prefix_id=prefix_id, num_tokens=num_tokens, num_local_tokens=num_local, wanted=wanted
@@ -66,6 +69,8 @@ class Imports:
         for name, units in prefix.units.items():
             pool = pools[name]
             for ordinal, unit in units.items():
+                if ordinal in prefix.local[name] and pool.find(prefix.names[ordinal]) != unit:
+                    continue  # it was forgotten meanwhile, because it may be spoilt
                 parent = prefix.names[ordinal - 1] if ordinal and pool is self._cache.full else b""
                 pool.publish(
                     unit, prefix.names[ordinal], parent=parent, dear=pool is self._cache.slots
@@ -96,9 +101,6 @@ class Imports:
             for name, units in prefix.units.items():
                 counts[name].update(units.values())
         return counts
-
-    def __len__(self) -> int:
-        return len(self._imports)
 
     def _needs(self, names: Sequence[bytes]) -> Iterator[tuple[Pool, list[int]]]:
         """Per pool the block numbers that a prefix needs; the state's is its last block's."""

@@ -20,6 +20,7 @@ from tasuki_common.errors import ConfigError, RequestError
 from tasuki_common.sampling import SamplingParams
 from tasuki_common.text_stream import TextStream
 from tasuki_common.tokenizer import Tokenizer, read_files
+from tasuki_engine import interrupts
 from tasuki_engine.config import EngineConfig
 from tasuki_engine.engine import Engine
 from tasuki_engine.outputs import CompletionOutput, RequestOutput, prompt_tables, token_table
@@ -193,7 +194,10 @@ class LLM:
         """Steps until every choice is finished, taking finished ones out."""
         columns = (*rich.progress.Progress.get_default_columns(), _Rate())
         console = rich.console.Console(stderr=True)
-        with rich.progress.Progress(*columns, console=console, disable=not show) as progress:
+        with (
+            rich.progress.Progress(*columns, console=console, disable=not show) as progress,
+            interrupts.held_back() as take_interrupt,
+        ):
             task = progress.add_task("Completions", total=total, tokens=0)
             tokens = 0
             while choices:
@@ -204,6 +208,7 @@ class LLM:
                     if choice is not None and self._take(choice, output):
                         del choices[output.request_id]
                 progress.update(task, advance=before - len(choices), tokens=tokens)
+                take_interrupt()
 
     def _take(self, choice: _Choice, output: TokenOutput) -> bool:
         """Adds what a step brought to a choice; True if it is finished."""

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch
 from safetensors import safe_open
 
 from tasuki_common.errors import ConfigError
+from tasuki_engine import device_reader
 
 _THREADS = 8
 _SAMPLE_BYTES = 4096
+
+_Read = Callable[[Path, list[str]], dict[str, torch.Tensor]]
 
 
 class Weights:
@@ -80,11 +84,12 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype, progres
             names.update(dict.fromkeys(opened.keys(), file))
     batches = _batches(names)
     tensors: dict[str, torch.Tensor] = {}
+    read = _reader(files, device)
     with (
         _progress_bar(progress and sys.stderr.isatty(), len(names)) as advance,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
-        for loaded in pool.map(lambda batch: _read(batch[0], batch[1], device), batches):
+        for loaded in pool.map(lambda batch: read(batch[0], batch[1]), batches):
             tensors.update(loaded)
             advance(len(loaded))
     return Weights(tensors, dtype, str(folder))
@@ -137,8 +142,26 @@ def _batches(names: dict[str, Path]) -> list[tuple[Path, list[str]]]:
     ]
 
 
-def _read(file: Path, names: list[str], device: torch.device) -> dict[str, torch.Tensor]:
-    with safe_open(file, framework="pt", device=str(device)) as opened:
+def _reader(files: list[Path], device: torch.device) -> _Read:
+    """Mapped memory on the CPU; on CUDA each thread has pinned buffers of its own."""
+    if device.type != "cuda":
+        return _read_mapped
+    tables = {file: device_reader.entries(file) for file in files}
+    own = threading.local()
+
+    def read(file: Path, names: list[str]) -> dict[str, torch.Tensor]:
+        if not hasattr(own, "reader"):
+            own.reader = device_reader.Reader(device)
+        loaded: dict[str, torch.Tensor] = own.reader.read(
+            file, {name: tables[file][name] for name in names}
+        )
+        return loaded
+
+    return read
+
+
+def _read_mapped(file: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    with safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in names}
 
 

@@ -20,8 +20,8 @@ MAX_UNITS = 1 << 18
 """Of one pool, unless its size is given: the books of more units cost more than they win."""
 _STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 _SEQUENCES = {"cpu": 32, "cuda": 256}
-_RESERVE = 2 << 30
-"""Bytes of device memory left for a step's activations and logits."""
+_SPARE = 2 << 30
+"""Bytes of device memory left beside a step's: for graphs, logits of many rows, long contexts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class MemoryPlan:
 
     budget_bytes: int
     """For all pools; 0 when every pool's size was given."""
+    step_bytes: int
+    """At the peak of the largest step (CUDA)."""
     block_bytes: int
     window_block_bytes: int
     slot_bytes: int
@@ -38,7 +40,14 @@ class MemoryPlan:
     num_slots: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_step_tokens: int
+    """With what a step may have beyond its budget to end a prompt."""
     max_model_len: int
+
+    @property
+    def units(self) -> dict[str, int]:
+        """Of each pool, by the name of its region."""
+        return {"full": self.num_blocks, "window": self.num_window_blocks, "state": self.num_slots}
 
     @property
     def pool_bytes(self) -> int:
@@ -55,72 +64,120 @@ class MemoryPlan:
 
 
 def plan(
-    config: EngineConfig, spec: CacheSpec, *, model_max_len: int, device: torch.device
+    config: EngineConfig,
+    spec: CacheSpec,
+    *,
+    model_max_len: int,
+    device: torch.device,
+    step_bytes: int = 0,
 ) -> MemoryPlan:
-    """Sizes that fit the memory.
+    """Sizes that fit the memory, of which a step needs `step_bytes` (CUDA).
 
     Raises:
         ConfigError: when a given size cannot hold what another given size demands; it names both.
     """
     block_size = config.block_size
     step_tokens = config.max_num_batched_tokens or _STEP_TOKENS.get(device.type, 8192)
+    most_tokens = step_tokens + step_tokens // 16
     sequences = config.max_num_seqs or _SEQUENCES.get(device.type, 256)
     wanted_len = config.max_model_len or model_max_len
-    budget = _budget(config, device)
-    full = block_bytes(spec.full, block_size, spec.kv_dtype) if spec.full else 0
-    window = block_bytes(spec.window, block_size, spec.kv_dtype) if spec.window else 0
-    state = slot_bytes(spec.state) if spec.state else 0
-
-    longest = -(-wanted_len // block_size) if full else 0
-    window_need = 0
-    if spec.window is not None and spec.window.window is not None:
-        # What each sequence sees, the block it is in, and one step's tokens of them all.
-        seen = -(-min(spec.window.window, wanted_len) // block_size) + 1
-        window_need = seen * sequences + -(-step_tokens // block_size) + 1
-        window_need = min(window_need, sequences * (-(-wanted_len // block_size) + 1))
-    if state:
-        room = config.num_state_slots or max(
-            2, (budget - min(longest * full, budget // 2)) // state
-        )
-        sequences = max(1, min(sequences, (room - 1) if config.num_state_slots else room // 2))
-
-    num_slots = num_blocks = num_window = 0
-    left = budget
-    if state:
-        unit = state + (full + window) * config.checkpoint_interval // block_size
-        kept = (
-            max(0, left - (sequences + 1) * state - longest * full - window_need * window) // unit
-        )
-        num_slots = config.num_state_slots or min(sequences + 1 + kept, MAX_UNITS)
-        left -= num_slots * state
-    if window:
-        share = left if not full else max(window_need * window, left // 4)
-        num_window = config.num_window_blocks or min(max(2, min(left, share) // window), MAX_UNITS)
-        left -= num_window * window
-    if full:
-        num_blocks = config.num_blocks or min(max(2, left // full), MAX_UNITS)
-    max_len = _fitted_len(config, wanted_len, num_blocks if full else None, budget)
-    if window and num_window - 1 < min(seen_blocks(spec, block_size), -(-max_len // block_size)):
-        raise ConfigError(
-            f"num_window_blocks is {num_window}; one request's window needs "
-            f"{seen_blocks(spec, block_size)} blocks and the null block. Raise it."
-        )
-    if state and num_slots < 2:
+    budget = _budget(config, device, step_bytes)
+    size = _UnitBytes(
+        full=block_bytes(spec.full, block_size, spec.kv_dtype) if spec.full else 0,
+        window=block_bytes(spec.window, block_size, spec.kv_dtype) if spec.window else 0,
+        state=slot_bytes(spec.state) if spec.state else 0,
+    )
+    longest = -(-wanted_len // block_size) if size.full else 0
+    window_need = _window_need(spec, block_size, wanted_len, sequences, most_tokens)
+    if size.state:
+        sequences = _sequences_with_slots(config, sequences, budget, longest * size.full, size)
+    needs = (sequences + 1) * size.state + longest * size.full + window_need * size.window
+    num_slots, num_window, num_blocks = _units(config, size, budget, needs, sequences, window_need)
+    max_len = _fitted_len(config, wanted_len, num_blocks if size.full else None, budget)
+    if size.window:
+        _check_window(seen_blocks(spec, block_size), num_window, -(-max_len // block_size))
+    if size.state and num_slots < 2:
         raise ConfigError(
             f"num_state_slots is {num_slots}; it must be 2 or more, one of them the null slot."
         )
     return MemoryPlan(
         budget_bytes=budget,
-        block_bytes=full,
-        window_block_bytes=window,
-        slot_bytes=state,
+        step_bytes=step_bytes,
+        block_bytes=size.full,
+        window_block_bytes=size.window,
+        slot_bytes=size.state,
         num_blocks=num_blocks,
         num_window_blocks=num_window,
         num_slots=num_slots,
         max_num_seqs=min(sequences, step_tokens),
         max_num_batched_tokens=step_tokens,
+        max_step_tokens=most_tokens,
         max_model_len=max_len,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _UnitBytes:
+    """Of one unit of each pool; 0 for what the model lacks."""
+
+    full: int
+    window: int
+    state: int
+
+
+def _window_need(
+    spec: CacheSpec, block_size: int, wanted_len: int, sequences: int, step_tokens: int
+) -> int:
+    """Window blocks for what each sequence sees, the block it is in, and one step's tokens."""
+    if spec.window is None or spec.window.window is None:
+        return 0
+    seen = -(-min(spec.window.window, wanted_len) // block_size) + 1
+    need = seen * sequences + -(-step_tokens // block_size) + 1
+    return min(need, sequences * (-(-wanted_len // block_size) + 1))
+
+
+def _sequences_with_slots(
+    config: EngineConfig, sequences: int, budget: int, longest_bytes: int, size: _UnitBytes
+) -> int:
+    """How many of the sequences can run: each has a slot, and half of the room is for others."""
+    if config.num_state_slots:
+        return max(1, min(sequences, config.num_state_slots - 1))
+    room = max(2, (budget - min(longest_bytes, budget // 2)) // size.state)
+    return max(1, min(sequences, room // 2))
+
+
+def _units(
+    config: EngineConfig,
+    size: _UnitBytes,
+    budget: int,
+    needs: int,
+    sequences: int,
+    window_need: int,
+) -> tuple[int, int, int]:
+    """State slots, window blocks and KV blocks that share the budget; `needs` bytes come first."""
+    num_slots = num_window = num_blocks = 0
+    left = budget
+    if size.state:
+        blocks = config.checkpoint_interval // config.block_size
+        kept = max(0, budget - needs) // (size.state + (size.full + size.window) * blocks)
+        num_slots = config.num_state_slots or min(sequences + 1 + kept, MAX_UNITS)
+        left -= num_slots * size.state
+    if size.window:
+        share = left if not size.full else max(window_need * size.window, left // 4)
+        fitting = max(2, min(left, share) // size.window)
+        num_window = config.num_window_blocks or min(fitting, MAX_UNITS)
+        left -= num_window * size.window
+    if size.full:
+        num_blocks = config.num_blocks or min(max(2, left // size.full), MAX_UNITS)
+    return num_slots, num_window, num_blocks
+
+
+def _check_window(seen: int, num_window: int, longest: int) -> None:
+    if num_window - 1 < min(seen, longest):
+        raise ConfigError(
+            f"num_window_blocks is {num_window}; one request's window needs {seen} blocks and the "
+            "null block. Raise it."
+        )
 
 
 def seen_blocks(spec: CacheSpec, block_size: int) -> int:
@@ -129,11 +186,11 @@ def seen_blocks(spec: CacheSpec, block_size: int) -> int:
     return 0 if window is None else (window - 2) // block_size + 2
 
 
-def _budget(config: EngineConfig, device: torch.device) -> int:
+def _budget(config: EngineConfig, device: torch.device, step_bytes: int) -> int:
     if device.type != "cuda":
         return CPU_BUDGET
     free, _ = torch.cuda.mem_get_info(device)
-    return max(0, int(free * config.memory_share) - _RESERVE)
+    return max(0, int(free * config.memory_share) - step_bytes - _SPARE)
 
 
 def _fitted_len(config: EngineConfig, wanted: int, num_blocks: int | None, budget: int) -> int:

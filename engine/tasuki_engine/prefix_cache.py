@@ -78,6 +78,17 @@ class PrefixCache:
         pools = (self.full, self.window, self.slots)
         return {pool.name: pool for pool in pools if pool is not None}
 
+    def forget(self, names: Sequence[bytes]) -> None:
+        """Nothing is found by these names any more, in any pool; the deepest goes first.
+
+        For a sequence that failed on what it read: any of it may be spoilt. What others share goes
+        as well: that their numbers were finite does not prove that they were right, and to compute
+        a prefix once more is cheap.
+        """
+        for pool in self.pools().values():
+            for name in reversed(names):
+                pool.forget(name)
+
     def take_events(self) -> list[CacheEvent]:
         """What became findable or was forgotten since the last call, in order."""
         events, self._events = self._events, []

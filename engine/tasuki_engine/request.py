@@ -30,7 +30,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     """Seconds until the engine ends it with `deadline`."""
     cache_salt: str | None = None
     hand_over: bool = False
-    """Compute all full blocks of `prompt_token_ids[:-1]`, keep them pinned, sample nothing."""
+    """Compute all full blocks of `prompt_token_ids[:-1]`, keep them pinned, return no token."""
     prefix_id: str | None = None
     """Of a committed import (`Engine.commit`): start from it. It stays pinned until `cancel`."""
 

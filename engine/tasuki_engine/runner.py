@@ -1,20 +1,29 @@
-"""From the scheduler's parts to tensors, through the model and the sampler, back to tokens."""
+"""From the scheduler's parts to tensors, through the model and the sampler, back to tokens.
+
+`launch` sends a step to the device and returns at once: one copy of numbers there, a kernel that
+makes the model's inputs of them, the model, the sampler, one copy back. Tokens are fed back on the
+device, so that a step can follow before the host has read the tokens of the one before. `collect`
+waits for a step and reads what came of it.
+"""
 
 import dataclasses
-from itertools import chain
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from tasuki_engine import sampler
-from tasuki_engine.block_tables import BlockTables
+from tasuki_engine.decode_graphs import DecodeGraphs
+from tasuki_engine.flights import Part
+from tasuki_engine.memory import MemoryPlan
 from tasuki_engine.models import Model
+from tasuki_engine.prompt_graphs import MAX_TOKENS, PAD, PromptGraphs
 from tasuki_engine.request import TokenLogprobs
-from tasuki_engine.scheduler import Part
+from tasuki_engine.sampler import Draft, Scores
 from tasuki_engine.sequence import Sequence
+from tasuki_engine.staging import Staged, scored_rows_of, stage
 from tasuki_engine.step import AttentionInput, Checkpoint, StepInput
 from tasuki_engine.storage import Storage
+from tasuki_kernels import argmax, step_inputs
+from tasuki_kernels.step_inputs import Inputs, Tables
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,146 +35,206 @@ class Sampled:
     logprobs: TokenLogprobs | None
 
 
-class Runner:
-    """Runs one step at a time; adds the prompt log-probabilities it finds to their sequences."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was sent to the device, and what it will bring."""
 
-    def __init__(
-        self, model: Model, storage: Storage, tables: BlockTables, block_size: int
-    ) -> None:
+    sampling: list[Part]
+    draft: Draft | None
+    scored: list[tuple[Part, Scores]]
+    ended: torch.cuda.Event | None
+
+
+class Runner:
+    """Runs steps in the order of their launch."""
+
+    def __init__(self, model: Model, storage: Storage, plan: MemoryPlan, block_size: int) -> None:
         self._model = model
         self._storage = storage
-        self._tables = tables
         self._block_size = block_size
+        self._on_cuda = model.device.type == "cuda"
+        spec = model.cache_spec
+        self._tables = Tables.empty(
+            plan.max_num_seqs,
+            -(-plan.max_model_len // block_size),
+            full=spec.full is not None,
+            window=spec.window is not None,
+            device=model.device,
+        )
+        self._inputs = Inputs.empty(
+            max(plan.max_step_tokens, plan.max_num_seqs), plan.max_num_seqs, self._tables
+        )
+        self._graphs = DecodeGraphs(plan.max_num_seqs) if self._on_cuda else None
+        self._prompt_graphs = PromptGraphs() if self._on_cuda else None
 
     @torch.inference_mode()
-    def run(self, parts: list[Part]) -> list[Sampled]:
-        """Computes all parts; a token for each sequence that reaches its target and wants one."""
-        ends = np.cumsum([part.num_tokens for part in parts])
-        sampling = [i for i, part in enumerate(parts) if _samples(part)]
-        scored = [i for i, part in enumerate(parts) if _scored_rows(part)]
-        rows = [ends[sampling] - 1]
-        rows += [ends[i] - parts[i].num_tokens + np.arange(_scored_rows(parts[i])) for i in scored]
-        logits = self._model.forward(
-            self._step_input(parts, np.concatenate(rows)), self._storage.caches
-        )
-        self._score_prompts([parts[i] for i in scored], logits[len(sampling) :])
-        if not sampling:
-            self._wait_for_device()
+    def launch(self, parts: list[Part]) -> Flight:
+        """Sends a step to the device: every part computed, a token drawn where one is due."""
+        staged = stage(parts)
+        packed = sampler.to_device(staged.numbers, torch.int32, self._model.device)
+        draft: Draft | None
+        scored: list[tuple[Part, Scores]] = []
+        graphs = self._graphs
+        if graphs is not None and staged.is_plain_decode and len(parts) <= graphs.largest:
+            draft = self._launch_decodes(graphs, staged, packed)
+        else:
+            draft, scored = self._launch_mixed(parts, staged, packed)
+        if staged.sources.start != staged.sources.stop:
+            self._storage.copy_states(packed[staged.sources], packed[staged.targets])
+        ended = None
+        if self._on_cuda:
+            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ended.record()
+        return Flight(staged.sampling, draft, scored, ended)
+
+    def collect(self, flight: Flight) -> list[Sampled]:
+        """Waits for the step; its tokens. Adds prompt log-probabilities to their sequences."""
+        if flight.ended is not None:
+            flight.ended.synchronize()
+        for part, scores in flight.scored:
+            part.sequence.prompt_logprobs += scores.entries()
+        if flight.draft is None:
             return []
-        sequences = [parts[i].sequence for i in sampling]
-        result = sampler.sample(logits[: len(sampling)], [seq.sampler_row for seq in sequences])
+        result = flight.draft.result()
         return [
-            Sampled(seq, token_id, logprobs)
-            for seq, token_id, logprobs in zip(
-                sequences, result.token_ids, result.logprobs, strict=True
+            Sampled(part.sequence, token_id, logprobs)
+            for part, token_id, logprobs in zip(
+                flight.sampling, result.token_ids, result.logprobs, strict=True
             )
         ]
 
-    def _wait_for_device(self) -> None:
-        """Sampling reads its tokens; a step that samples nothing must be waited for as well.
-
-        What it wrote is offered to other pods from other streams, and what it freed is written by
-        them.
-        """
-        if self._model.device.type == "cuda":
+    def wait(self) -> None:
+        """Until all that was launched has ended."""
+        if self._on_cuda:
             torch.cuda.current_stream(self._model.device).synchronize()
 
-    def _step_input(self, parts: list[Part], logits_rows: npt.NDArray[np.int64]) -> StepInput:
-        sequences = [part.sequence for part in parts]
-        query_lens = [part.num_tokens for part in parts]
-        computed = np.array([seq.num_computed for seq in sequences])
-        lens = np.array(query_lens)
-        context = computed + lens
-        start = np.zeros(len(parts) + 1, np.int32)
-        np.cumsum(lens, out=start[1:])
-        token_ids = _tokens(parts)
-        owner = np.repeat(np.arange(len(parts)), lens)
-        positions = np.arange(len(owner)) + (computed - start[:-1])[owner]
-        rows = np.array([seq.row for seq in sequences])
-        num_blocks = int(-(-context.max() // self._block_size))
-        shared = np.array([seq.num_shared for seq in sequences])
-        state_slots = None
-        if self._storage.caches.ssm is not None:
-            state_slots = self._tensor(np.array([seq.slot for seq in sequences]))
-        return StepInput(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            num_decodes=query_lens.count(1),
-            query_start=self._tensor(start),
-            query_lens=query_lens,
-            context_lens=self._tensor(context.astype(np.int32)),
-            context_lens_host=context.tolist(),
-            full=self._attention(self._tables.full, rows, owner, positions, num_blocks, shared),
-            window=self._attention(self._tables.window, rows, owner, positions, num_blocks, None),
-            state_slots=state_slots,
-            has_state=[seq.num_computed > 0 for seq in sequences],
-            checkpoints=[
-                Checkpoint(i, planned.boundary - part.sequence.num_computed, planned.slot)
-                for i, part in enumerate(parts)
-                for planned in part.checkpoints
-            ],
-            logits_rows=self._tensor(logits_rows),
+    def _launch_decodes(self, graphs: DecodeGraphs, staged: Staged, packed: torch.Tensor) -> Draft:
+        """One token each: padded to a size whose graph may be there."""
+        count = staged.num_tokens
+        size = graphs.padded(count)
+        self._expand(packed, count, size)
+        logits, tokens = graphs.run(size, self._decode)
+        rows = [part.sequence.sampler_row for part in staged.sampling]
+        draft = sampler.launch(logits[:count], rows, tokens[:count])
+        if draft.tokens.data_ptr() != tokens.data_ptr():
+            self._feed_back(self._inputs.rows[:count], draft.tokens)
+        return draft
+
+    def _launch_mixed(
+        self, parts: list[Part], staged: Staged, packed: torch.Tensor
+    ) -> tuple[Draft | None, list[tuple[Part, Scores]]]:
+        self._expand(packed, len(parts), len(parts))
+        contexts = [part.end for part in parts]
+        # The reference copies tables; narrow ones are cheap.
+        width = None if self._on_cuda else -(-max(contexts) // self._block_size)
+        step = dataclasses.replace(
+            self._step_input(len(parts), staged.num_tokens, staged.num_decodes, width),
+            query_lens=[part.num_tokens for part in parts],
+            context_lens_host=contexts,
+            checkpoints=_inner_checkpoints(parts),
+            logits_rows=packed[staged.logits_rows],
+        )
+        logits = self._forward(step, staged)
+        count = len(staged.sampling)
+        scored = self._score_prompts(staged.scored, logits[count:])
+        if not count:
+            return None, scored
+        rows = [part.sequence.sampler_row for part in staged.sampling]
+        draft = sampler.launch(logits[:count], rows)
+        self._feed_back(packed[staged.sampled_rows].long(), draft.tokens)
+        return draft, scored
+
+    def _forward(self, step: StepInput, staged: Staged) -> torch.Tensor:
+        """Logits of a step with prompts; short ones go through a graph."""
+        tokens = -(-staged.num_tokens // PAD) * PAD
+        short = staged.num_tokens > 1 and tokens <= min(MAX_TOKENS, len(self._inputs.token_ids))
+        if self._prompt_graphs is None or not short or len(step.query_lens) > 1:
+            return self._model.forward(step, self._storage.caches)
+        for slots in (self._inputs.full_slots, self._inputs.window_slots):
+            slots[staged.num_tokens : tokens].zero_()
+        padded = dataclasses.replace(
+            self._step_input(1, tokens, 0),
+            query_lens=step.query_lens,
+            context_lens_host=step.context_lens_host,
+            checkpoints=step.checkpoints,
+        )
+        caches = self._storage.caches
+
+        def forward(planned: tuple[object, torch.Tensor]) -> torch.Tensor:
+            plan, rows = planned
+            return self._model.forward(
+                dataclasses.replace(padded, plan=plan, logits_rows=rows), caches
+            )
+
+        planned = (self._model.plan(padded, caches), step.logits_rows)
+        return self._prompt_graphs.run(tokens, planned, forward)
+
+    def _decode(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and greedy tokens of `size` expanded decodes; tokens are fed back."""
+        step = self._step_input(size, size, size)
+        logits = self._model.forward(step, self._storage.caches)
+        rows = self._inputs.rows[:size]
+        return logits, argmax.greedy(logits, rows, self._tables.last_tokens)
+
+    def _feed_back(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        self._tables.last_tokens.index_copy_(0, rows, tokens)
+
+    def _expand(self, packed: torch.Tensor, num_seqs: int, padded: int) -> None:
+        step_inputs.expand(
+            packed,
+            self._tables,
+            self._inputs,
+            num_seqs=num_seqs,
+            padded=padded,
+            block_size=self._block_size,
         )
 
-    def _attention(
-        self,
-        table: npt.NDArray[np.int32] | None,
-        rows: npt.NDArray[np.int64],
-        owner: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
-        num_blocks: int,
-        shared: npt.NDArray[np.int64] | None,
-    ) -> AttentionInput | None:
-        """Table and write positions; what others' blocks hold already goes to the null block."""
-        if table is None:
-            return None
-        block_table = table[rows, :num_blocks]
-        blocks = block_table[owner, positions // self._block_size].astype(np.int64)
-        if shared is not None:
-            blocks[positions < shared[owner]] = 0
-        slots = blocks * self._block_size + positions % self._block_size
-        return AttentionInput(self._tensor(block_table), self._tensor(slots))
+    def _step_input(
+        self, num_seqs: int, num_tokens: int, num_decodes: int, num_blocks: int | None = None
+    ) -> StepInput:
+        """The first places of the inputs, as a step without host lists."""
+        inputs = self._inputs
 
-    def _tensor(self, array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._model.device, non_blocking=True)
+        def group(table: torch.Tensor | None, slots: torch.Tensor) -> AttentionInput | None:
+            if table is None:
+                return None
+            return AttentionInput(table[:num_seqs, :num_blocks], slots[:num_tokens])
 
-    def _score_prompts(self, parts: list[Part], logits: torch.Tensor) -> None:
+        return StepInput(
+            token_ids=inputs.token_ids[:num_tokens],
+            positions=inputs.positions[:num_tokens],
+            num_decodes=num_decodes,
+            query_start=inputs.query_start[: num_seqs + 1],
+            query_lens=[],
+            context_lens=inputs.context_lens[:num_seqs],
+            context_lens_host=[],
+            full=group(inputs.full_table, inputs.full_slots),
+            window=group(inputs.window_table, inputs.window_slots),
+            state_slots=inputs.state_slots[:num_seqs]
+            if self._model.cache_spec.state is not None
+            else None,
+            checkpoints=[],
+            logits_rows=None,
+        )
+
+    def _score_prompts(self, parts: list[Part], logits: torch.Tensor) -> list[tuple[Part, Scores]]:
+        scored: list[tuple[Part, Scores]] = []
         first = 0
         for part in parts:
-            seq, count = part.sequence, _scored_rows(part)
-            top = seq.request.sampling.prompt_logprobs
-            next_tokens = seq.tokens[seq.num_computed + 1 : seq.num_computed + 1 + count]
-            seq.prompt_logprobs += sampler.prompt_logprobs(
-                logits[first : first + count], next_tokens, top or 0
-            )
+            seq, count = part.sequence, scored_rows_of(part)
+            following = seq.tokens[part.start + 1 : part.start + 1 + count]
+            token_ids = sampler.to_device(following, torch.int64, logits.device)
+            top = seq.request.sampling.prompt_logprobs or 0
+            scored.append((part, sampler.score(logits[first : first + count], token_ids, top)))
             first += count
+        return scored
 
 
-def _tokens(parts: list[Part]) -> npt.NDArray[np.int64]:
-    if all(part.num_tokens == 1 for part in parts):
-        return np.array([part.sequence.tokens[part.sequence.num_computed] for part in parts])
-    pieces = (
-        part.sequence.tokens[
-            part.sequence.num_computed : part.sequence.num_computed + part.num_tokens
-        ]
-        for part in parts
-    )
-    return np.fromiter(chain.from_iterable(pieces), np.int64)
-
-
-def _samples(part: Part) -> bool:
-    seq = part.sequence
-    return (
-        seq.num_computed + part.num_tokens == len(seq.tokens)
-        and not seq.request.hand_over
-        and len(seq.output) < seq.max_tokens
-    )
-
-
-def _scored_rows(part: Part) -> int:
-    """How many of the part's rows predict a prompt token whose log-probabilities are wanted."""
-    seq = part.sequence
-    if seq.prompt_logprobs_sent or seq.request.hand_over:
-        return 0
-    last = min(seq.num_computed + part.num_tokens, len(seq.request.prompt_token_ids) - 1)
-    return max(0, last - seq.num_computed)
+def _inner_checkpoints(parts: list[Part]) -> list[Checkpoint]:
+    """Those that lie within a part; the state at a part's end is copied after the step."""
+    return [
+        Checkpoint(i, planned.boundary - part.start, planned.slot)
+        for i, part in enumerate(parts)
+        for planned in part.checkpoints
+        if planned.boundary < part.end
+    ]

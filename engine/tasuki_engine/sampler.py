@@ -6,12 +6,16 @@ for the others temperature, min_p, top_k, top_p (each on what the one before lef
 
 A draw depends on (seed, sample, position) and the row's own logits; nothing is carried from token
 to token or between rows. So any pod continues any other's sequence with the same draws, in any
-batch. The maths is in `tasuki_kernels.sampling`.
+batch. The maths is in `tasuki_kernels`.
+
+`launch` sends all of it to the device without waiting for it; `Draft.result` waits and reads.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +23,7 @@ import torch
 
 from tasuki_common.sampling import SamplingParams
 from tasuki_engine.request import Logprob, TokenLogprobs
-from tasuki_kernels import sampling
+from tasuki_kernels import argmax, likelihood, sampling
 
 GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as in vLLM: the division would overflow."""
@@ -36,14 +40,28 @@ class SamplerRow:
     sample_index: int
     stop_ids: tuple[int, ...]
     """Masked until `min_tokens` are out: eos unless ignore_eos, and stop_token_ids."""
+    in_flight: int = 0
+    """Tokens that were drawn and that the host has not read yet: the last ones of the output."""
     _seen: "_Seen | None" = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens drawn so far: the position of the next draw."""
+        return len(self.output_token_ids) + self.in_flight
 
     @property
     def greedy(self) -> bool:
         """The likeliest token, no draw."""
         return self.params.temperature < GREEDY_BELOW
 
-    @property
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Its tokens are the argmax of the raw logits, and nothing else is asked for."""
+        params = self.params
+        always = self.greedy and not self.penalised and not params.logit_bias
+        return always and params.min_tokens == 0 and params.logprobs is None
+
+    @functools.cached_property
     def penalised(self) -> bool:
         """Tokens seen so far change the logits."""
         params = self.params
@@ -56,7 +74,7 @@ class SamplerRow:
     @property
     def masks_stops(self) -> bool:
         """Too early to stop."""
-        return len(self.output_token_ids) < self.params.min_tokens and bool(self.stop_ids)
+        return self.num_output < self.params.min_tokens and bool(self.stop_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +83,59 @@ class SampleResult:
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of some tokens, and the likeliest beside each; on their way to the host.
+
+    token_ids, values, ranks: [rows]; top_ids, top_values: [rows, top], best first.
+    """
+
+    token_ids: torch.Tensor
+    values: torch.Tensor
+    ranks: torch.Tensor
+    top_ids: torch.Tensor
+    top_values: torch.Tensor
+
+    def entries(self) -> list[TokenLogprobs]:
+        """One per row; the device must have ended."""
+        tops = zip(self.top_ids.tolist(), self.top_values.tolist(), strict=True)
+        return [
+            TokenLogprobs(
+                Logprob(token_id, value, rank),
+                [Logprob(t, v, r) for r, (t, v) in enumerate(zip(*top, strict=True), 1)],
+            )
+            for token_id, value, rank, top in zip(
+                self.token_ids.tolist(),
+                self.values.tolist(),
+                self.ranks.tolist(),
+                tops,
+                strict=True,
+            )
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Tokens that are being drawn: on the device, and on their way to the host."""
+
+    tokens: torch.Tensor
+    """[rows] int64 on the device; -1 where the logits are no distribution."""
+    on_host: torch.Tensor
+    scored: list[tuple[int, int]]
+    """Rows that ask for log-probabilities, and how many of the likeliest."""
+    scores: Scores | None
+
+    def result(self) -> SampleResult:
+        """Reads what has arrived; the device must have ended."""
+        token_ids: list[int] = self.on_host.tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        entries = self.scores.entries() if self.scores is not None else []
+        for (row, top), entry in zip(self.scored, entries, strict=True):
+            if token_ids[row] >= 0:
+                logprobs[row] = TokenLogprobs(entry.token, entry.top[:top])
+        return SampleResult(token_ids, logprobs)
 
 
 class _Seen:
@@ -103,29 +174,61 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> SampleResult:
 
     The token is -1 where the logits are no distribution (NaN or infinite): the model failed there.
     """
+    draft = launch(logits, rows)
+    if logits.is_cuda:
+        torch.cuda.current_stream(logits.device).synchronize()
+    return draft.result()
+
+
+def launch(
+    logits: torch.Tensor, rows: Sequence[SamplerRow], greedy: torch.Tensor | None = None
+) -> Draft:
+    """`sample` without waiting. greedy: the argmax of the raw logits, where it is known already."""
+    if greedy is not None and all(row.plain for row in rows):
+        return Draft(greedy, to_host(greedy), [], None)
     adjusted = _adjust(logits, rows)
-    tokens = adjusted.argmax(dim=-1)  # NaN counts as the greatest
-    failed = ~adjusted.gather(1, tokens[:, None])[:, 0].isfinite()
+    tokens = greedy if greedy is not None and adjusted is logits else argmax.greedy(adjusted)
     drawn = [i for i, row in enumerate(rows) if not row.greedy]
     if drawn:
         chosen = [rows[i] for i in drawn]
-        weights = _weigh(adjusted if len(drawn) == len(rows) else adjusted[drawn], chosen)
-        draws = [
-            sampling.uniform(row.seed, row.sample_index, len(row.output_token_ids))
-            for row in chosen
-        ]
-        points = torch.tensor(draws, dtype=torch.float64, device=logits.device)
-        tokens[drawn] = sampling.invert_cdf(weights, points)
-    token_ids: list[int] = tokens.masked_fill_(failed, -1).tolist()
-    return SampleResult(token_ids, _logprobs_of_rows(logits, rows, token_ids))
+        keys = [sampling.race_key(row.seed, row.sample_index, row.num_output) for row in chosen]
+        tokens = sampling.draw(adjusted, tokens, drawn, keys, **_filters(chosen))
+    asked = [(i, row.params.logprobs) for i, row in enumerate(rows)]
+    scored = [(i, top) for i, top in asked if top is not None]
+    scores = None
+    if scored:
+        indices = to_device([i for i, _ in scored], torch.int64, logits.device)
+        part = logits if len(scored) == len(rows) else logits.index_select(0, indices)
+        most = max(top for _, top in scored)
+        scores = score(part, tokens.index_select(0, indices).clamp_(min=0), most)
+    return Draft(tokens, to_host(tokens), scored, scores)
+
+
+def to_device(
+    values: Sequence[Any] | npt.NDArray[Any], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A tensor of host values that nobody waits for: CUDA copies it from pinned memory."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory that is complete when the device has come here."""
+    return tensor.to("cpu", non_blocking=True)
 
 
 def distribution(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
     """[R, V] float32: in proportion to the probability with which `sample` gives each token.
 
-    Rows must not be greedy.
+    Rows must not be greedy, logits not on a device.
     """
-    return _weigh(_adjust(logits, rows), rows)
+    filters = _filters(rows)
+    adjusted = _adjust(logits, rows)
+    scaled = sampling.scale(adjusted, argmax.greedy(adjusted), filters.pop("temperatures"))
+    lowest = sampling.floors(scaled, **filters)
+    return scaled.exp() if lowest is None else scaled.exp().masked_fill_(scaled < lowest, 0.0)
 
 
 def prompt_logprobs(
@@ -135,37 +238,16 @@ def prompt_logprobs(
 
     `top`: how many of the likeliest tokens to list beside it.
     """
-    logprobs = logits.log_softmax(dim=-1)
-    ids = torch.tensor(next_token_ids, dtype=torch.int64, device=logits.device)[:, None]
-    own = logprobs.gather(1, ids)
-    ranks = (logprobs > own).sum(dim=-1).add_(1).tolist()
-    values, indices = logprobs.topk(min(top, logits.shape[1]), dim=-1)
-    best = zip(indices.tolist(), values.tolist(), strict=True)
-    return [
-        TokenLogprobs(
-            Logprob(token_id, value, rank),
-            [Logprob(t, v, r) for r, (t, v) in enumerate(zip(*top_row, strict=True), 1)],
-        )
-        for token_id, value, rank, top_row in zip(
-            next_token_ids, own[:, 0].tolist(), ranks, best, strict=True
-        )
-    ]
+    scores = score(logits, to_device(next_token_ids, torch.int64, logits.device), top)
+    if logits.is_cuda:
+        torch.cuda.current_stream(logits.device).synchronize()
+    return scores.entries()
 
 
-def _logprobs_of_rows(
-    logits: torch.Tensor, rows: Sequence[SamplerRow], token_ids: list[int]
-) -> list[TokenLogprobs | None]:
-    result: list[TokenLogprobs | None] = [None] * len(rows)
-    asked = [(i, row.params.logprobs) for i, row in enumerate(rows)]
-    wanted = [(i, top) for i, top in asked if top is not None and token_ids[i] >= 0]
-    if wanted:
-        indices = [i for i, _ in wanted]
-        chosen = logits if len(wanted) == len(rows) else logits[indices]
-        most = max(top for _, top in wanted)
-        entries = prompt_logprobs(chosen, [token_ids[i] for i in indices], most)
-        for (i, top), entry in zip(wanted, entries, strict=True):
-            result[i] = entry if top == most else TokenLogprobs(entry.token, entry.top[:top])
-    return result
+def score(logits: torch.Tensor, token_ids: torch.Tensor, top: int) -> Scores:
+    """`prompt_logprobs` without waiting; token_ids: [T] int64."""
+    values, ranks, top_ids, top_values = likelihood.score(logits, token_ids, top)
+    return Scores(*map(to_host, (token_ids, values, ranks, top_ids, top_values)))
 
 
 def _adjust(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
@@ -182,10 +264,11 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
     logits = logits.clone()
     device = logits.device
     if masked:
-        logits[tuple(torch.tensor(masked, device=device).T)] = -math.inf
+        at = to_device(masked, torch.int64, device).T
+        logits.index_put_(tuple(at), logits.new_full((), -math.inf))
     if biased:
-        at = torch.tensor([entry[:2] for entry in biased], device=device).T
-        bias = torch.tensor([entry[2] for entry in biased], dtype=logits.dtype, device=device)
+        at = to_device([entry[:2] for entry in biased], torch.int64, device).T
+        bias = to_device([entry[2] for entry in biased], logits.dtype, device)
         logits.index_put_(tuple(at), bias, accumulate=True)
     if penalised:
         _penalise(logits, rows, penalised)
@@ -199,11 +282,12 @@ def _penalise(logits: torch.Tensor, rows: Sequence[SamplerRow], indices: list[in
 
     def spread(values: list[float]) -> torch.Tensor:
         repeated = np.repeat(np.array(values, np.float32), lengths)
-        return torch.from_numpy(repeated).to(logits.device)
+        return to_device(repeated, torch.float32, logits.device)
 
-    row = torch.from_numpy(np.repeat(np.array(indices), lengths)).to(logits.device)
-    column = torch.from_numpy(np.concatenate([entry.ids for entry in seen])).to(logits.device)
-    counts = torch.from_numpy(np.concatenate([entry.counts for entry in seen])).to(logits.device)
+    device = logits.device
+    row = to_device(np.repeat(np.array(indices), lengths), torch.int64, device)
+    column = to_device(np.concatenate([entry.ids for entry in seen]), torch.int64, device)
+    counts = to_device(np.concatenate([entry.counts for entry in seen]), torch.float32, device)
     repetition = spread([rows[i].params.repetition_penalty for i in indices])
     frequency = spread([rows[i].params.frequency_penalty for i in indices])
     presence = spread([rows[i].params.presence_penalty for i in indices])
@@ -219,12 +303,12 @@ def _seen_by(row: SamplerRow) -> _Seen:
     return row._seen
 
 
-def _weigh(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
+def _filters(rows: Sequence[SamplerRow]) -> dict[str, list[Any]]:
+    """What `sampling.draw` wants of the rows' parameters."""
     params = [row.params for row in rows]
-    return sampling.weigh(
-        logits,
-        temperatures=[p.temperature for p in params],
-        min_ps=[p.min_p for p in params],
-        top_ks=[p.top_k for p in params],
-        top_ps=[p.top_p for p in params],
-    )
+    return {
+        "temperatures": [p.temperature for p in params],
+        "min_ps": [p.min_p for p in params],
+        "top_ks": [p.top_k for p in params],
+        "top_ps": [p.top_p for p in params],
+    }

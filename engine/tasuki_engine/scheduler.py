@@ -1,12 +1,16 @@
 """Who computes how many tokens in the next step.
 
 There are no phases. Every sequence has tokens that are known and tokens that are computed; each
-step deals out a budget of tokens so that the second catch up with the first. Running sequences come
-first, those that lack one token before those that lack many, so that no long prompt stops the
-others' streams; then waiting ones are admitted by (priority, arrival). An admission takes the
-full-attention blocks of all known tokens at once, so that only growing outputs can run out of them;
-then the sequence that is last in order loses its units and computes again later. What hand-overs
-hold was promised to another pod and is taken only when nothing else is left.
+step deals out a budget of tokens so that the second catch up with the first; the end of a prompt
+may overdraw it a little, rather than take a step of its own. Running sequences come first, those
+that lack one token before those that lack many, so that no long prompt stops the others' streams;
+then waiting ones are admitted by (priority, arrival). An admission takes the full-attention blocks
+of all known tokens at once, so that only growing outputs can run out of them; then the sequence
+that is last in order loses its units and computes again later. What hand-overs hold was promised to
+another pod and is taken only when nothing else is left.
+
+A step is scheduled while the one before may still run: what is *computed* counts from the launch
+on, what can be *found* by others, or be freed, from the time it is settled.
 """
 
 import dataclasses
@@ -14,8 +18,9 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from tasuki_engine import checkpoints
 from tasuki_engine.block_pool import NULL, Pool
-from tasuki_engine.block_tables import BlockTables, put
+from tasuki_engine.flights import Flights, Part
 from tasuki_engine.prefix_cache import Match, PrefixCache
 from tasuki_engine.sequence import Sequence, State
 
@@ -24,22 +29,8 @@ _SCORED_TOKENS = 1024
 all, float32 over the whole vocabulary, are in memory at once."""
 
 
-@dataclasses.dataclass(slots=True)
-class PlannedCheckpoint:
-    """The state after `boundary` tokens of the sequence goes into `slot`."""
-
-    boundary: int
-    slot: int
-    dear: bool
-
-
-@dataclasses.dataclass(slots=True)
-class Part:
-    """What one sequence computes in a step: `num_tokens` from its `num_computed` on."""
-
-    sequence: Sequence
-    num_tokens: int
-    checkpoints: list[PlannedCheckpoint]
+class UnsettledError(Exception):
+    """The next step needs units, or tokens, that only the steps in flight can bring."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +39,7 @@ class Limits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_step_tokens: int
     checkpoint_interval: int
 
 
@@ -57,11 +49,10 @@ class Scheduler:
     def __init__(
         self,
         cache: PrefixCache,
-        tables: BlockTables,
         limits: Limits,
         copy_state: Callable[[int, int], None],
     ) -> None:
-        """`copy_state(source, target)` copies a state slot before the next step runs."""
+        """`copy_state(source, target)` copies a state slot before the next step runs, or later."""
         self.running: list[Sequence] = []
         """In order; the last is preempted first."""
         self.failed: list[tuple[Sequence, str]] = []
@@ -72,8 +63,9 @@ class Scheduler:
         self.query_tokens = 0
         self.hit_tokens = 0
         self.num_waiting = 0
+        self.flights = Flights()
         self._cache = cache
-        self._tables = tables
+        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._limits = limits
         self._copy_state = copy_state
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -95,7 +87,7 @@ class Scheduler:
             self.num_waiting -= 1
         elif seq.state is State.RUNNING:
             self.running.remove(seq)
-            self._tables.free_row(seq.row)
+            self._free_rows.append(seq.row)
         if state is not State.PINNED:
             self._drop_units(seq)
         seq.state = state
@@ -104,12 +96,18 @@ class Scheduler:
             heapq.heapify(self._waiting)
 
     def schedule(self) -> list[Part]:
-        """The next step's parts, those of one token first; may be empty."""
+        """The next step's parts, those of one token first; may be empty.
+
+        Raises:
+            UnsettledError: when the steps in flight must be settled first.
+        """
+        if self.flights and any(seq.awaits_history for seq in self.running):
+            raise UnsettledError
         budget = self._limits.max_num_batched_tokens
         parts: dict[Sequence, Part] = {}
         preemptions = self.num_preemptions
         for seq in self._one_token_first():
-            if budget == 0:
+            if budget <= 0:
                 break
             if seq.state is State.RUNNING:
                 budget -= self._continue(seq, budget, parts)
@@ -117,26 +115,37 @@ class Scheduler:
         if self.num_preemptions == preemptions:
             self._admit_waiting(budget, parts)
         ordered = sorted(parts.values(), key=lambda part: part.num_tokens > 1)
-        for part in ordered:
-            part.checkpoints = self._plan_checkpoints(part)
+        if self._cache.slots is not None:
+            for part in ordered:
+                part.checkpoints = checkpoints.plan(
+                    part, self._cache.slots, self._limits.checkpoint_interval
+                )
         return ordered
 
-    def commit(self, parts: list[Part]) -> None:
-        """Books what a step has computed: from now on it can be found by others."""
+    def launch(self, parts: list[Part]) -> None:
+        """Books a step that was sent to the device: the next one starts from where it will end."""
+        for part in parts:
+            part.sequence.num_computed = part.end
+            part.sequence.sampler_row.in_flight += part.samples
+        self.flights.launch(parts)
+
+    def settle(self) -> list[Part]:
+        """Books what the oldest step in flight has computed: from now on others can find it.
+
+        Returns its parts. Of sequences that have ended meanwhile nothing is kept.
+        """
+        parts = self.flights.settle()
         for part in parts:
             seq = part.sequence
-            seq.num_computed += part.num_tokens
-            if seq.writes_cache:
-                self._publish_blocks(seq)
-            if part.checkpoints:
-                self._publish_checkpoints(part)
-            self._free_behind_window(seq)
-
-    def publish_state(self, seq: Sequence) -> None:
-        """Names a finished hand-over's running state: it is the checkpoint at `num_computed`."""
-        if self._cache.slots is not None and seq.slot != NULL and seq.writes_cache:
-            name = seq.names[seq.num_computed // seq.block_size - 1]
-            self._cache.slots.publish(seq.slot, name, dear=True)
+            seq.sampler_row.in_flight -= part.samples
+            if seq.state is State.RUNNING:
+                seq.num_settled = part.end
+                if seq.writes_cache:
+                    self._publish_blocks(seq)
+                self._free_behind_window(seq)
+            if self._cache.slots is not None:
+                checkpoints.settle(part, self._cache.slots)
+        return parts
 
     def owners(self, pinned: Iterable[Sequence]) -> dict[str, Counter[int]]:
         """References that sequences hold between steps, by pool."""
@@ -145,6 +154,7 @@ class Scheduler:
             for name, units in (("full", seq.full), ("window", seq.window), ("state", [seq.slot])):
                 if name in counts:
                     counts[name].update(unit for unit in units if unit != NULL)
+        self.flights.add_owners(counts)
         return counts
 
     # Running sequences
@@ -153,14 +163,18 @@ class Scheduler:
         one: list[Sequence] = []
         many: list[Sequence] = []
         for seq in self.running:
-            (one if seq.target - seq.num_computed == 1 else many).append(seq)
+            missing = seq.num_missing
+            if missing:
+                (one if missing == 1 else many).append(seq)
         return one + many
 
     def _continue(self, seq: Sequence, budget: int, parts: dict[Sequence, Part]) -> int:
-        """Gives a running sequence up to `budget` tokens; returns how many of it are gone."""
-        wanted = _wanted(seq, budget)
+        """Gives a running sequence tokens of a budget; returns how many of it are gone."""
+        wanted = self._wanted(seq, budget)
         given_back = 0
         while (tokens := self._grow(seq, wanted)) == 0:
+            if self.flights:
+                raise UnsettledError
             victim = self._victim(seq)
             if victim is None:
                 return -given_back
@@ -169,8 +183,15 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return -given_back
-        parts[seq] = Part(seq, tokens, [])
+        parts[seq] = _part(seq, tokens)
         return tokens - given_back
+
+    def _wanted(self, seq: Sequence, budget: int) -> int:
+        """Tokens that a sequence can use of `budget`, or of a little more, if that ends it."""
+        if seq.wants_prompt_logprobs:
+            return min(seq.num_missing, budget, _SCORED_TOKENS)
+        most = budget + self._limits.max_step_tokens - self._limits.max_num_batched_tokens
+        return seq.num_missing if seq.num_missing <= most else budget
 
     def _grow(self, seq: Sequence, tokens: int) -> int:
         """Takes the blocks that `tokens` more tokens need; returns how many of them have room."""
@@ -180,13 +201,11 @@ class Scheduler:
             blocks = self._cache.full.take(missing)
             if blocks is None:
                 return 0
-            put(self._tables.full, seq.row, len(seq.full), blocks)
             seq.full += blocks
         pool = self._cache.window
         if pool is not None and end > len(seq.window) * seq.block_size:
             missing = -(-end // seq.block_size) - len(seq.window)
             blocks = pool.take(min(missing, pool.available)) or []
-            put(self._tables.window, seq.row, len(seq.window), blocks)
             seq.window += blocks
             return min(tokens, len(seq.window) * seq.block_size - seq.num_computed)
         return tokens
@@ -217,13 +236,13 @@ class Scheduler:
                 self.blocked = None if self.running else seq
                 return
             heapq.heappop(self._waiting)
-            tokens = _wanted(seq, budget)
+            tokens = self._wanted(seq, budget)
             if tokens == 0:
                 continue
             tokens = self._grow(seq, tokens)
             if tokens == 0:
                 return
-            parts[seq] = Part(seq, tokens, [])
+            parts[seq] = _part(seq, tokens)
             budget -= tokens
 
     def _next_waiting(self) -> Sequence | None:
@@ -246,9 +265,7 @@ class Scheduler:
             return False
         self._start(seq, match, needs_slot=needs_slot)
         if full is not None:
-            blocks = take(full, missing)
-            put(self._tables.full, seq.row, len(seq.full), blocks)
-            seq.full += blocks
+            seq.full += _take(full, missing)
         return True
 
     def _has_room(self, num_blocks: int, *, needs_slot: bool) -> bool:
@@ -269,25 +286,23 @@ class Scheduler:
         block_size = seq.block_size
         self.num_waiting -= 1
         seq.state = State.RUNNING
-        seq.row = self._tables.take_row()
+        seq.row = self._free_rows.pop()
         self._insert(seq)
-        seq.num_computed = match.depth * block_size
+        seq.num_computed = seq.num_settled = match.depth * block_size
         seq.num_published = match.depth
         seq.num_shared = len(match.full) * block_size
         seq.full = list(match.full)
         seq.first_window_block = match.depth - len(match.window)
         seq.window = [NULL] * seq.first_window_block + match.window
-        put(self._tables.full, seq.row, 0, seq.full)
-        put(self._tables.window, seq.row, 0, seq.window)
         seq.slot = match.checkpoint
         seq.prompt_end = seq.resumable_blocks * block_size
         if self._cache.slots is not None:
             seq.junction = seq.num_shared if len(match.full) > match.depth else 0
             if needs_slot:
-                (seq.slot,) = take(self._cache.slots, 1)
+                (seq.slot,) = _take(self._cache.slots, 1)
         if needs_slot and match.checkpoint != NULL and self._cache.slots is not None:
             self._copy_state(match.checkpoint, seq.slot)
-            self._cache.slots.drop(match.checkpoint)
+            self.flights.drop_source(self._cache.slots, match.checkpoint)
         if seq.num_cached is None:
             seq.num_cached = seq.num_computed
             if seq.reads_cache:
@@ -300,68 +315,29 @@ class Scheduler:
             position -= 1
         self.running.insert(position, seq)
 
-    # Checkpoints
-
-    def _plan_checkpoints(self, part: Part) -> list[PlannedCheckpoint]:
-        """Slots for the states to keep; what finds no spare slot is not kept."""
-        seq, slots = part.sequence, self._cache.slots
-        if slots is None or not seq.writes_cache:
-            return []
-        start, end = seq.num_computed, seq.num_computed + part.num_tokens
-        interval = self._limits.checkpoint_interval
-        dear = {b for b in (seq.prompt_end, seq.junction) if start < b <= end}
-        regular = range(start - start % interval + interval, end + 1, interval)
-        if not dear and not regular:
-            return []
-        boundaries = [(b, True) for b in sorted(dear)]
-        boundaries += [(b, False) for b in reversed(regular) if b not in dear]
-        if seq.request.hand_over and end == seq.target:
-            # The running slot will be that checkpoint.
-            boundaries = [(b, is_dear) for b, is_dear in boundaries if b != end]
-        planned: list[PlannedCheckpoint] = []
-        for boundary, is_dear in boundaries:
-            name = seq.names[boundary // seq.block_size - 1]
-            if slots.find(name) is not None:
-                continue
-            slot = slots.take_spare(dear=is_dear)
-            if slot is None:
-                break
-            planned.append(PlannedCheckpoint(boundary, slot, is_dear))
-        return sorted(planned, key=lambda checkpoint: checkpoint.boundary)
-
-    def _publish_checkpoints(self, part: Part) -> None:
-        seq, slots = part.sequence, self._cache.slots
-        for checkpoint in part.checkpoints:
-            if slots is not None:
-                name = seq.names[checkpoint.boundary // seq.block_size - 1]
-                slots.publish(checkpoint.slot, name, dear=checkpoint.dear)
-                slots.drop(checkpoint.slot)
-
     # Units
 
     def _publish_blocks(self, seq: Sequence) -> None:
-        computed = seq.num_computed // seq.block_size
-        for number in range(seq.num_published, computed):
+        settled = seq.num_settled // seq.block_size
+        for number in range(seq.num_published, settled):
             name = seq.names[number]
             if self._cache.full is not None:
                 parent = seq.names[number - 1] if number else b""
                 self._cache.full.publish(seq.full[number], name, parent=parent)
             if self._cache.window is not None:
                 self._cache.window.publish(seq.window[number], name)
-        seq.num_published = computed
+        seq.num_published = settled
 
     def _free_behind_window(self, seq: Sequence) -> None:
         pool = self._cache.window
         if pool is None:
             return
-        first = self._cache.first_window_block(seq.num_computed)
+        # A step in flight continues from there: it does not see them any more.
+        first = self._cache.first_window_block(seq.num_settled)
         for number in range(seq.first_window_block, first):
             pool.drop(seq.window[number])
             seq.window[number] = NULL
-        if first > seq.first_window_block:
-            gone = first - seq.first_window_block
-            put(self._tables.window, seq.row, seq.first_window_block, [NULL] * gone)
-            seq.first_window_block = first
+        seq.first_window_block = max(seq.first_window_block, first)
 
     def _drop_units(self, seq: Sequence) -> None:
         """Lets everything go, the deepest blocks first, so that chains are cut from their end."""
@@ -373,18 +349,17 @@ class Scheduler:
             if pool is not None:
                 for unit in reversed(units):
                     if unit != NULL:
-                        pool.drop(unit)
+                        self.flights.drop(pool, unit)
         seq.forget_progress()
 
 
-def take(pool: Pool, count: int) -> list[int]:
+def _take(pool: Pool, count: int) -> list[int]:
     """Units that the caller has seen to be available."""
     units = pool.take(count)
     assert units is not None, f"pool {pool.name} promised {count} units"
     return units
 
 
-def _wanted(seq: Sequence, budget: int) -> int:
-    """Tokens that a sequence can use of `budget`."""
-    limit = _SCORED_TOKENS if seq.wants_prompt_logprobs else budget
-    return min(seq.target - seq.num_computed, budget, limit)
+def _part(seq: Sequence, num_tokens: int) -> Part:
+    samples = num_tokens == seq.target - seq.num_computed
+    return Part(seq, seq.num_computed, num_tokens, samples, [])

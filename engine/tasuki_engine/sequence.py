@@ -21,9 +21,11 @@ class State(enum.Enum):
 class Sequence:
     """Tokens, progress and units of one request.
 
-    `tokens` are prompt and output. `num_computed` of them are in the caches; the sequence runs
-    until that reaches `target`. `names` are the names of the full blocks of `tokens`, empty for a
-    sequence that neither reads nor writes the prefix cache.
+    `tokens` are prompt and output as far as the host knows them; tokens in flight come after.
+    `num_computed` tokens are in the caches when all launched steps have ended, `num_settled` when
+    all collected ones have; the sequence runs until the first reaches `target`. `names` are the
+    names of the full blocks of `tokens`, empty for a sequence that neither reads nor writes the
+    prefix cache.
     """
 
     __slots__ = (
@@ -41,7 +43,10 @@ class Sequence:
         "num_computed",
         "num_offered",
         "num_published",
+        "num_settled",
         "num_shared",
+        "num_tabled",
+        "num_tabled_window",
         "output",
         "parent",
         "prompt_end",
@@ -98,10 +103,12 @@ class Sequence:
     def forget_progress(self) -> None:
         """Back to nothing computed and nothing held; the units are the caller's business."""
         self.row = -1
-        self.num_computed = 0
+        self.num_computed = self.num_settled = 0
         self.num_published = 0
         self.num_shared = 0
         """Tokens whose full-attention blocks are others' too and must not be written."""
+        self.num_tabled = self.num_tabled_window = 0
+        """Blocks that the device's tables know."""
         self.full: list[int] = []
         self.window: list[int] = []
         """By block number; the null block where it fell behind the window."""
@@ -124,10 +131,27 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """Tokens to compute before a token is sampled, or the hand-over is complete."""
+        """Tokens to compute before a token is drawn.
+
+        For a hand-over, and for a prompt that is only scored, it is dropped: where there is none,
+        what was computed is wrong.
+        """
         if self.request.hand_over:
             return self.resumable_blocks * self.block_size
-        return len(self.tokens)
+        return len(self.tokens) + self.sampler_row.in_flight
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens still to compute; none when its last token is in flight."""
+        row = self.sampler_row
+        if row.in_flight and row.num_output >= self.max_tokens:
+            return 0
+        return self.target - self.num_computed
+
+    @property
+    def awaits_history(self) -> bool:
+        """Whether its next token depends on a token in flight that the host must count."""
+        return self.sampler_row.in_flight > 0 and self.sampler_row.penalised
 
     @property
     def order(self) -> tuple[int, int]:

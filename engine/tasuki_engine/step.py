@@ -66,7 +66,7 @@ class AttentionInput:
     """One attention group's part of a step.
 
     block_table: [seqs, max_blocks] int32; entry j holds the block of tokens j*block_size onward;
-        entries behind the window or past the end are 0 and must not be read.
+        entries behind the window or past the end hold anything and must not be read.
     slot_mapping: [tokens] int64, block * block_size + offset: where each token's K and V go.
     """
 
@@ -80,7 +80,7 @@ class Checkpoint:
 
     seq: int
     num_tokens: int
-    """1 .. query length of the sequence in this step."""
+    """1 .. query length of the sequence in this step - 1: its end is nobody's business here."""
     slot: int
 
 
@@ -90,11 +90,19 @@ class StepInput:
 
     token_ids, positions: [tokens] int64.
     query_start: [seqs + 1] int32, cumulative; query_lens, the same as a host list of lengths.
-    context_lens: [seqs] int32, tokens known to the caches after this step; also as a host list.
+    context_lens: [seqs] int32, tokens known to the caches after this step; also as a host list. A
+        sequence whose context is not longer than its query starts here: what its slot holds is
+        stale, and its state begins at zero.
     state_slots: [seqs] int64, the running state, read and written in place; None without state.
-    has_state: host list; False: the slot's content is stale and the state starts at zero.
     checkpoints: host list, ordered by (seq, num_tokens).
-    logits_rows: [rows] int64, token rows whose hidden states go through the head.
+    logits_rows: [rows] int32 or int64, token rows whose hidden states go through the head; None:
+        all of them.
+
+    There may be more tokens than the sequences have: what lies behind is padding, of valid numbers
+    and the null block, and its results are not read.
+
+    On CUDA the host lists are empty where every sequence has one token. Such a step may end in
+    padding: context 0, the null block and the null slot.
     """
 
     token_ids: torch.Tensor
@@ -107,6 +115,7 @@ class StepInput:
     full: AttentionInput | None
     window: AttentionInput | None
     state_slots: torch.Tensor | None
-    has_state: list[bool]
     checkpoints: list[Checkpoint]
-    logits_rows: torch.Tensor
+    logits_rows: torch.Tensor | None
+    plan: object = None
+    """The model's own plan of this step, where it was made before (`Model.plan`)."""

@@ -10,6 +10,7 @@ import torch
 
 from tasuki_engine.block_pool import NULL
 from tasuki_engine.step import AttentionSpec, Caches, CacheSpec, StateSpec
+from tasuki_kernels import state_copy
 
 LAYOUT_VERSION = 1
 """Goes up when the bytes of a span change their meaning; part of the fingerprint."""
@@ -48,10 +49,16 @@ class Storage:
     regions: dict[str, torch.Tensor]
     caches: Caches
 
+    @torch.inference_mode()
     def copy_state(self, source: int, target: int) -> None:
         """Copies one state slot onto another, ordered before the next step's kernels."""
         region = self.regions["state"]
         region[target].copy_(region[source])
+
+    @torch.inference_mode()
+    def copy_states(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies many at once; [n] int32 on the device. No target is another pair's source."""
+        state_copy.copy_slots(self.regions["state"], sources, targets)
 
 
 def allocate(

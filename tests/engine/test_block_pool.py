@@ -68,6 +68,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.hold(unit)
         self.held.append(unit)
 
+    @rule(name=NAMES)
+    def forget(self, name: bytes) -> None:
+        self.pool.forget(name)
+        self.names.pop(name, None)
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
@@ -87,7 +92,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def _named(pool: Pool, name: bytes, *, dear: bool = False) -> int:

@@ -1,11 +1,15 @@
 """The offline API: vLLM's names and semantics on a tiny hybrid model."""
 
 import math
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 from fresh_seed import fresh_seed
+from greedy import is_greedy
 
 from tasuki_common.errors import ConfigError, RequestError
 from tasuki_engine import LLM, SamplingParams
@@ -43,8 +47,7 @@ def test_results_come_in_the_order_of_the_prompts(llm: LLM, folder: Path) -> Non
         assert completion.text == tokenizer.decode(completion.token_ids)
         assert completion.finish_reason == "length"
     first = outputs[0]
-    expected = tiny_models.reference_greedy(folder, first.prompt_token_ids, 8)
-    assert first.outputs[0].token_ids == expected
+    assert is_greedy(folder, first.prompt_token_ids, first.outputs[0].token_ids)
     llm.engine.check_integrity()
 
 
@@ -137,12 +140,14 @@ def test_a_repeated_prompt_is_a_prefix_hit(llm: LLM) -> None:
     assert cached == [0, 96]
 
 
-def test_chat_renders_the_models_template(llm: LLM) -> None:
+def test_chat_renders_the_models_template(llm: LLM, folder: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     (output,) = llm.chat(messages, GREEDY)
     assert output.prompt == "<|start|>user\nhi<|end|>\n<|start|>assistant\n"
     both = llm.chat([messages, messages], GREEDY)
-    assert [one.outputs[0].token_ids for one in both] == [output.outputs[0].token_ids] * 2
+    assert [one.prompt for one in both] == [output.prompt] * 2
+    for one in (output, *both):
+        assert is_greedy(folder, one.prompt_token_ids, one.outputs[0].token_ids)
 
 
 def test_a_prompt_that_cannot_be_served_stops_all_before_any_work(llm: LLM) -> None:
@@ -153,6 +158,33 @@ def test_a_prompt_that_cannot_be_served_stops_all_before_any_work(llm: LLM) -> N
     while llm.engine.has_work():
         llm.engine.step()
     assert llm.engine.stats().steps == steps
+    llm.engine.check_integrity()
+
+
+def test_an_interrupt_within_a_step_leaves_the_next_call_right(
+    llm: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = list(range(3, 40))
+    llm.generate([prompt], GREEDY)
+    forward, steps = llm.engine.model.forward, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(*args)
+
+    monkeypatch.setattr(llm.engine.model, "forward", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([list(range(5, 60))], GREEDY)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert steps == 3
+    assert is_greedy(folder, prompt, llm.generate([prompt], GREEDY)[0].outputs[0].token_ids)
     llm.engine.check_integrity()
 
 

@@ -34,7 +34,7 @@ def _fill(pool: Pool | None, blocks: Iterable[int]) -> None:
 BLOCKS = st.sets(st.integers(0, LENGTH - 1))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     window=st.none() | st.integers(1, 40),
     full=st.booleans(),

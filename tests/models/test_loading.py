@@ -144,7 +144,8 @@ def test_bfloat16_runs_and_stays_near_float32(copy, family):
     actual = logprobs(folder, dtype="bfloat16")
     assert actual.dtype == torch.float32
     assert torch.isfinite(actual).all()
-    assert (actual - expected).abs().mean() < 0.2
+    bound = 0.4 if family.endswith("moe") else 0.2  # rounding sends some tokens to other experts
+    assert (actual - expected).abs().mean() < bound
 
 
 def test_weights_stored_in_bfloat16_are_computed_in_float32_on_the_cpu(copy):

@@ -5,6 +5,7 @@ logits spread by several units. Built checkpoints look like published ones: safe
 tokenizer with a chat template, generation config.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -213,13 +214,57 @@ def reference_model(folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def reference_logprobs(folder: Path, token_ids: list[int]) -> torch.Tensor:
-    """float32 [T, V]: row t holds the log-probabilities of the token after `token_ids[:t + 1]`.
+def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
+    """float32 [T, V]: row t holds the logits of the token after `token_ids[:t + 1]`.
 
     One full recompute without a cache, the only path in which transformers agrees with itself.
     """
     logits = reference_model(folder)(torch.tensor([token_ids]), use_cache=False).logits[0]
-    return torch.log_softmax(logits.float(), dim=-1)
+    return logits.float()
+
+
+@torch.inference_mode()
+def reference_logprobs(folder: Path, token_ids: list[int]) -> torch.Tensor:
+    """float32 [T, V]: row t holds the log-probabilities of the token after `token_ids[:t + 1]`."""
+    return torch.log_softmax(reference_logits(folder, token_ids), dim=-1)
+
+
+@torch.inference_mode()
+def reference_spread(folder: Path, token_ids: list[int]) -> torch.Tensor:
+    """float32 [T]: how far log-probabilities move when the embeddings move in their last bit.
+
+    Where weights and tokens amplify rounding, two right answers in float32 are that far apart.
+    """
+    model, expected = reference_model(folder), reference_logprobs(folder, token_ids)
+    embedded = model.get_input_embeddings()(torch.tensor([token_ids]))
+    generator, spread = torch.Generator().manual_seed(0), torch.zeros(len(token_ids))
+    for _ in range(8):
+        nudge = 1 + 2.0**-23 * (2 * torch.rand(embedded.shape, generator=generator) - 1)
+        logits = model(inputs_embeds=embedded * nudge, use_cache=False).logits[0].float()
+        moved = (torch.log_softmax(logits, dim=-1) - expected).abs().amax(dim=-1)
+        spread = torch.maximum(spread, moved)
+    return spread
+
+
+@functools.lru_cache(maxsize=16)
+def _reference_in_double(folder: Path) -> Any:
+    # Experts one by one: transformers' grouped product takes no doubles.
+    model = copy.deepcopy(reference_model(folder)).double()
+    model.set_experts_implementation("eager")
+    return model
+
+
+@torch.inference_mode()
+def reference_rounding(folder: Path, token_ids: list[int]) -> float:
+    """How far transformers' own float32 log-probabilities are from those in double precision.
+
+    Usually 2e-5. Where a draw of weights and tokens amplifies rounding to several times that, two
+    right answers in float32 differ by as much: draw other tokens.
+    """
+    model = _reference_in_double(folder)
+    logits = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    exact = torch.log_softmax(logits.double(), dim=-1)
+    return float((reference_logprobs(folder, token_ids) - exact).abs().max())
 
 
 @torch.inference_mode()

@@ -5,14 +5,12 @@ import dataclasses
 import torch
 
 from tasuki_engine.layers.linear import Linear
-from tasuki_engine.layers.step_plan import AttentionStep
 from tasuki_engine.loader import Weights
 from tasuki_engine.model_config import ModelConfig
 from tasuki_engine.step import AttentionSpec
-from tasuki_kernels.attention import paged_attention
-from tasuki_kernels.kv_write import write_kv
-from tasuki_kernels.norm import rms_norm
-from tasuki_kernels.rope import apply_rope
+from tasuki_kernels.attention import AttentionPlan, attend
+from tasuki_kernels.norm import RmsNorm
+from tasuki_kernels.rope import QkNorm, RopeStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,31 +50,22 @@ class Attention:
         self.scale = scale
         self.qkv = Linear.load(weights, *(f"{prefix}.{part}_proj" for part in "qkv"))
         self.out = Linear.load(weights, f"{prefix}.o_proj")
-        self.qk_norm: torch.Tensor | None = None
+        self.qk_norm: QkNorm | None = None
         if f"{prefix}.q_norm.weight" in weights:
             q_norm = weights.take(f"{prefix}.q_norm.weight").expand(shape.num_heads, -1)
             k_norm = weights.take(f"{prefix}.k_norm.weight").expand(shape.num_kv_heads, -1)
-            self.qk_norm = torch.cat((q_norm, k_norm))
+            self.qk_norm = QkNorm(torch.cat((q_norm, k_norm)), shape.eps)
 
     def add_to(
         self,
-        residual: torch.Tensor,
-        x: torch.Tensor,
-        group: AttentionStep,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        hidden: torch.Tensor,
+        norm: RmsNorm,
+        plan: AttentionPlan,
+        rope: RopeStep | None,
         scale: float = 1.0,
     ) -> None:
-        """residual += scale * attention(x); x, residual: [tokens, hidden]."""
-        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
-        qkv = self.qkv(x).view(x.shape[0], heads + 2 * kv_heads, self.shape.head_dim)
-        if self.qk_norm is not None or rope is not None:
-            rotated = qkv[:, : heads + kv_heads]
-            if self.qk_norm is not None:
-                rotated = rms_norm(rotated, self.qk_norm, self.shape.eps)
-            if rope is not None:
-                rotated = apply_rope(rotated, *rope)
-            qkv[:, : heads + kv_heads] = rotated
-        kv = qkv[:, heads:].view(x.shape[0], 2, kv_heads, self.shape.head_dim)
-        write_kv(group.cache, self.layer, group.write_rows, kv)
-        attended = paged_attention(qkv[:, :heads], group.plan, self.layer, self.scale)
-        self.out.add_to(residual, attended, scale)
+        """hidden += scale * attention(norm(hidden)); hidden: [tokens, hidden size]."""
+        rows = self.shape.num_heads + 2 * self.shape.num_kv_heads
+        qkv = self.qkv(hidden, norm).view(hidden.shape[0], rows, self.shape.head_dim)
+        attended = attend(qkv, plan, self.layer, self.scale, norm=self.qk_norm, rope=rope)
+        self.out.add_to(hidden, attended, scale)

@@ -3,15 +3,16 @@
 import torch
 
 from tasuki_engine.loader import Weights
+from tasuki_kernels.gemm import Activation, add_linear_, linear
+from tasuki_kernels.norm import RmsNorm
 
 
 class Linear:
-    """y = x W^T + b."""
+    """y = x W^T + b, with a norm before and an activation after where the caller has them."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         # On the CPU, products of few rows are a third faster with the transposed matrix in memory.
-        transposed = weight.t()
-        self.weight = transposed.contiguous() if weight.device.type == "cpu" else transposed
+        self.weight = weight.t().contiguous().t() if weight.device.type == "cpu" else weight
         self.bias = bias
 
     @classmethod
@@ -22,15 +23,12 @@ class Linear:
             weights.fuse_optional(*(f"{name}.bias" for name in names)),
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [tokens, in]; returns [tokens, out]."""
-        if self.bias is None:
-            return torch.mm(x, self.weight)
-        return torch.addmm(self.bias, x, self.weight)
+    def __call__(
+        self, x: torch.Tensor, norm: RmsNorm | None = None, activation: Activation | None = None
+    ) -> torch.Tensor:
+        """activation(norm(x) W^T + b); x: [tokens, in], returns [tokens, out]."""
+        return linear(x, self.weight, self.bias, norm=norm, activation=activation)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> None:
-        """residual += scale * y, in place and as one operation where there is no bias."""
-        if self.bias is None:
-            residual.addmm_(x, self.weight, alpha=scale)
-        else:
-            residual.add_(self(x), alpha=scale)
+        """residual += scale * (x W^T + b), in place."""
+        add_linear_(residual, x, self.weight, self.bias, scale)

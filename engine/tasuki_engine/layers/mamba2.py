@@ -8,8 +8,8 @@ from tasuki_engine.layers.linear import Linear
 from tasuki_engine.layers.step_plan import StateStep
 from tasuki_engine.loader import Weights
 from tasuki_engine.step import StateSpec
-from tasuki_kernels import conv1d, ssd
-from tasuki_kernels.norm import gated_rms_norm
+from tasuki_kernels import mamba2, ssd
+from tasuki_kernels.norm import RmsNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,73 +56,31 @@ class Mamba2:
     """One mixer; `layer` is its index among the model's recurrent layers."""
 
     def __init__(self, weights: Weights, prefix: str, shape: Mamba2Shape, layer: int) -> None:
-        self.shape = shape
         self.layer = layer
         take = weights.take
         self.in_proj = Linear.load(weights, f"{prefix}.in_proj")
         self.out_proj = Linear.load(weights, f"{prefix}.out_proj")
-        self.conv_weight = take(f"{prefix}.conv1d.weight").squeeze(1).t().contiguous()
-        self.conv_bias = weights.take_optional(f"{prefix}.conv1d.bias")
-        self.A = -torch.exp(take(f"{prefix}.A_log", torch.float32))
-        self.D = take(f"{prefix}.D", torch.float32)
-        self.dt_bias = take(f"{prefix}.dt_bias", torch.float32)
-        self.norm = take(f"{prefix}.norm.weight")
+        self.mixer = ssd.Mixer(
+            conv_weight=take(f"{prefix}.conv1d.weight").squeeze(1).t().contiguous(),
+            conv_bias=weights.take_optional(f"{prefix}.conv1d.bias"),
+            A=-torch.exp(take(f"{prefix}.A_log", torch.float32)),
+            D=take(f"{prefix}.D", torch.float32),
+            dt_bias=take(f"{prefix}.dt_bias", torch.float32),
+            norm_weight=take(f"{prefix}.norm.weight"),
+            groups=shape.groups,
+            eps=shape.eps,
+            dt_limits=shape.dt_limits,
+        )
 
     def add_to(
-        self, residual: torch.Tensor, x: torch.Tensor, state: StateStep, scale: float = 1.0
+        self, hidden: torch.Tensor, norm: RmsNorm, state: StateStep, scale: float = 1.0
     ) -> None:
-        """residual += scale * mixer(x); x, residual: [tokens, hidden]; updates the states."""
-        shape = self.shape
-        projected = self.in_proj(x)
-        gate, conv_in, dt = torch.split(
-            projected, [shape.inner, shape.conv_dim, shape.num_heads], dim=-1
-        )
-        dt = ssd.positive_dt(dt, self.dt_bias, shape.dt_limits)
-        decodes, tokens = state.num_decodes, x.shape[0]
-        if decodes == tokens:
-            y = self._decode(conv_in, dt, state)
-        elif decodes == 0:
-            y = self._prefill(conv_in, dt, state)
-        else:
-            y = torch.cat(
-                (
-                    self._decode(conv_in[:decodes], dt[:decodes], state),
-                    self._prefill(conv_in[decodes:], dt[decodes:], state),
-                )
-            )
-        y = gated_rms_norm(y.flatten(1), gate, self.norm, shape.eps, shape.groups)
-        self.out_proj.add_to(residual, y, scale)
-
-    def _decode(self, conv_in: torch.Tensor, dt: torch.Tensor, state: StateStep) -> torch.Tensor:
-        mixed = conv1d.causal_conv1d_update(
-            conv_in,
+        """hidden += scale * mixer(norm(hidden)); [tokens, hidden size]; updates the states."""
+        mixed = mamba2.mix(
+            self.in_proj(hidden, norm),
             state.conv[:, self.layer],
-            state.decode_slots,
-            self.conv_weight,
-            self.conv_bias,
+            state.ssm[:, self.layer],
+            self.mixer,
+            state.batch,
         )
-        x, B, C = self._split(mixed)
-        return ssd.selective_state_update(
-            state.ssm[:, self.layer], state.decode_slots_host, x, dt, self.A, B, C, self.D
-        )
-
-    def _prefill(self, conv_in: torch.Tensor, dt: torch.Tensor, state: StateStep) -> torch.Tensor:
-        assert state.conv_plan is not None
-        assert state.ssd_plan is not None
-        mixed = conv1d.causal_conv1d(
-            conv_in, state.conv[:, self.layer], state.conv_plan, self.conv_weight, self.conv_bias
-        )
-        x, B, C = self._split(mixed)
-        return ssd.chunk_scan(x, dt, self.A, B, C, self.D, state.ssm[:, self.layer], state.ssd_plan)
-
-    def _split(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [tokens, heads, head_dim], B and C [tokens, groups, state_size], of conv's output."""
-        shape = self.shape
-        bc = shape.groups * shape.state_size
-        x, B, C = torch.split(mixed, [shape.inner, bc, bc], dim=-1)
-        tokens = mixed.shape[0]
-        return (
-            x.view(tokens, shape.num_heads, shape.head_dim),
-            B.view(tokens, shape.groups, shape.state_size),
-            C.view(tokens, shape.groups, shape.state_size),
-        )
+        self.out_proj.add_to(hidden, mixed, scale)

@@ -7,30 +7,35 @@ import torch
 
 from tasuki_common.errors import ConfigError
 from tasuki_engine.model_config import ModelConfig
-from tasuki_kernels.rope import rope_tables
+from tasuki_kernels.rope import RopeStep, rope_tables
 
 
 class Rope:
-    """Tables for `apply_rope`, from a checkpoint's rope parameters.
+    """Rotations for positions below `max_model_len`, from a checkpoint's rope parameters.
 
     Raises:
         ConfigError: when the scaling is not one of default, linear, llama3, yarn.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, max_model_len: int) -> None:
         fields = config.rope()
         kind = fields["rope_type"]
         if kind not in _SCALINGS:
             raise ConfigError(f"rope_type is {kind!r}; known: {', '.join(_SCALINGS)}.")
-        if float(fields.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise ConfigError("partial_rotary_factor other than 1 is not supported.")
+        rotary_dim = int(config.head_dim * float(fields.get("partial_rotary_factor", 1.0)))
         max_len = int(config.get("max_position_embeddings"))
-        frequencies, self.scale = _SCALINGS[kind](config.head_dim, fields, max_len)
-        self.frequencies = frequencies.to(device)
+        self.frequencies, self.scale = _SCALINGS[kind](rotary_dim, fields, max_len)
+        self.by_position: tuple[torch.Tensor, torch.Tensor] | None = None
+        if device.type == "cuda":
+            # Made on the CPU, so that both have the same numbers.
+            cos, sin = rope_tables(torch.arange(max_model_len), self.frequencies, self.scale)
+            self.by_position = cos.to(device), sin.to(device)
 
-    def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [tokens, 1, head_dim] for one step; positions: [tokens] int64."""
-        return rope_tables(positions, self.frequencies, self.scale)
+    def tables(self, positions: torch.Tensor) -> RopeStep:
+        """The rotations of one step's tokens; positions: [tokens]."""
+        if self.by_position is not None:
+            return RopeStep(*self.by_position, positions)
+        return RopeStep(*rope_tables(positions, self.frequencies, self.scale), None)
 
 
 def _default(dim: int, fields: dict[str, Any], max_len: int) -> tuple[torch.Tensor, float]:

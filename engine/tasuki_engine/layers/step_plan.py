@@ -9,42 +9,29 @@ from tasuki_engine.step import (
     AttentionSpec,
     Caches,
     CacheSpec,
-    Checkpoint,
     StepInput,
 )
-from tasuki_kernels import attention, conv1d, kv_write, ssd
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionStep:
-    """One attention group's cache, where this step writes it, and what it reads."""
-
-    cache: torch.Tensor
-    write_rows: tuple[torch.Tensor, torch.Tensor]
-    plan: attention.AttentionPlan
+from tasuki_kernels import attention, mamba2
+from tasuki_kernels.rope import RopeStep
 
 
 @dataclasses.dataclass(frozen=True)
 class StateStep:
-    """The recurrent caches, and the plans for this step's decodes and prefills."""
+    """The recurrent caches, and this step's sequences as their kernels see them."""
 
     conv: torch.Tensor
     ssm: torch.Tensor
-    decode_slots: torch.Tensor
-    decode_slots_host: list[int]
-    conv_plan: conv1d.ConvPlan | None
-    ssd_plan: ssd.SsdPlan | None
-    num_decodes: int
+    batch: mamba2.StateBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """Everything that is the same for all layers; `rope` is cos and sin, None without rope."""
+    """Everything that is the same for all layers; a part is None where the model has no such."""
 
-    full: AttentionStep | None
-    window: AttentionStep | None
+    full: attention.AttentionPlan | None
+    window: attention.AttentionPlan | None
     state: StateStep | None
-    rope: tuple[torch.Tensor, torch.Tensor] | None
+    rope: RopeStep | None
 
 
 def plan_step(
@@ -52,84 +39,53 @@ def plan_step(
     caches: Caches,
     spec: CacheSpec,
     num_heads: int,
-    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    rope: RopeStep | None,
 ) -> StepPlan:
-    """Plan a step; clears state slots and KV blocks that start their life in it."""
+    """Plan a step, unless it brings its plan."""
+    if isinstance(step.plan, StepPlan):
+        return step.plan
     return StepPlan(
-        full=_attention_step(step, step.full, caches.full, spec.full, num_heads),
-        window=_attention_step(step, step.window, caches.window, spec.window, num_heads),
+        full=_attention_plan(step, step.full, caches.full, spec.full, num_heads),
+        window=_attention_plan(step, step.window, caches.window, spec.window, num_heads),
         state=_state_step(step, caches),
         rope=rope,
     )
 
 
-def finish_step(step: StepInput, caches: Caches) -> None:
-    """Export the checkpoints that lie at the end of a sequence's part: copies of its state."""
-    at_end = _at_end(step)
-    if not at_end or caches.conv is None or caches.ssm is None or step.state_slots is None:
-        return
-    device = caches.ssm.device
-    targets = torch.tensor([checkpoint.slot for checkpoint in at_end], device=device)
-    sources = step.state_slots[torch.tensor([c.seq for c in at_end], device=device)]
-    for cache in (caches.conv, caches.ssm):
-        cache[targets] = cache[sources]
-
-
-def _attention_step(
+def _attention_plan(
     step: StepInput,
     group_input: AttentionInput | None,
     cache: torch.Tensor | None,
     spec: AttentionSpec | None,
     num_heads: int,
-) -> AttentionStep | None:
+) -> attention.AttentionPlan | None:
     if group_input is None or cache is None or spec is None:
         return None
-    rows = kv_write.write_rows(group_input.slot_mapping, cache.shape[4])
-    kv_write.clear_new_blocks(cache, rows)
-    plan = attention.plan(
+    return attention.plan(
         cache,
         group_input.block_table,
+        group_input.slot_mapping,
+        step.context_lens,
         step.query_lens,
         step.context_lens_host,
         step.num_decodes,
         spec.window,
         num_heads // spec.num_kv_heads,
     )
-    return AttentionStep(cache=cache, write_rows=rows, plan=plan)
 
 
 def _state_step(step: StepInput, caches: Caches) -> StateStep | None:
     slots = step.state_slots
     if slots is None or caches.conv is None or caches.ssm is None:
         return None
-    slots_host = slots.tolist()
-    for slot, has_state in zip(slots_host, step.has_state, strict=True):
-        if not has_state:
-            caches.conv[slot].zero_()
-            caches.ssm[slot].zero_()
-    decodes = step.num_decodes
-    conv_plan = ssd_plan = None
-    prefill_lens = step.query_lens[decodes:]
-    if prefill_lens:
-        prefill_slots = slots_host[decodes:]
-        inner = [
-            (c.seq - decodes, c.num_tokens, c.slot)
-            for c in step.checkpoints
-            if c.num_tokens < step.query_lens[c.seq]
-        ]
-        kernel = caches.conv.shape[2] + 1
-        conv_plan = conv1d.plan(prefill_lens, prefill_slots, inner, kernel, slots.device)
-        ssd_plan = ssd.plan(prefill_lens, prefill_slots, inner, slots.device)
-    return StateStep(
-        conv=caches.conv,
-        ssm=caches.ssm,
-        decode_slots=slots[:decodes],
-        decode_slots_host=slots_host[:decodes],
-        conv_plan=conv_plan,
-        ssd_plan=ssd_plan,
-        num_decodes=decodes,
+    batch = mamba2.plan(
+        slots=slots,
+        context_lens=step.context_lens,
+        query_start=step.query_start,
+        num_decodes=step.num_decodes,
+        query_lens=step.query_lens,
+        checkpoints=[(c.seq, c.num_tokens, c.slot) for c in step.checkpoints],
+        kernel=caches.conv.shape[2] + 1,
+        heads=caches.ssm.shape[2],
     )
-
-
-def _at_end(step: StepInput) -> list[Checkpoint]:
-    return [c for c in step.checkpoints if c.num_tokens == step.query_lens[c.seq]]
+    return StateStep(conv=caches.conv, ssm=caches.ssm, batch=batch)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from tasuki_engine.loader import Weights
 from tasuki_engine.model_config import ModelConfig
 from tasuki_engine.step import Caches, CacheSpec, StepInput
+from tasuki_kernels.gemm import linear
+from tasuki_kernels.norm import RmsNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,10 @@ class Model(Protocol):
     def folder(self) -> Path: ...
     @property
     def revision(self) -> str: ...
+
+    def plan(self, step: StepInput, caches: Caches) -> object:
+        """What `forward` makes of the host's lists; `step.plan` brings it back."""
+        ...
 
     def forward(self, step: StepInput, caches: Caches) -> torch.Tensor:
         """float32 logits [rows, vocab] of `step.logits_rows`; writes the step into the caches."""
@@ -104,6 +110,9 @@ class BaseModel:
         """[tokens] int64 -> [tokens, hidden], a new tensor that layers may write into."""
         return F.embedding(token_ids, self.embedding)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> float32 [rows, vocab]."""
-        return F.linear(hidden, self.head).float()
+    def logits(
+        self, hidden: torch.Tensor, rows: torch.Tensor | None, norm: RmsNorm
+    ) -> torch.Tensor:
+        """norm(hidden[rows]) through the head, float32 [rows, vocab]; rows None: all."""
+        chosen = hidden if rows is None else hidden.index_select(0, rows)
+        return linear(chosen, self.head, norm=norm, dtype=torch.float32)

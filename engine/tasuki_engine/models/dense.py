@@ -15,7 +15,7 @@ from tasuki_engine.loader import Weights
 from tasuki_engine.model_config import ModelConfig
 from tasuki_engine.models.base import BaseModel, ModelContext
 from tasuki_engine.step import Caches, CacheSpec, StepInput
-from tasuki_kernels.norm import rms_norm
+from tasuki_kernels.norm import RmsNorm
 
 
 class Dense(BaseModel):
@@ -26,7 +26,7 @@ class Dense(BaseModel):
         config = context.config
         config.refuse("hidden_act", "silu")
         self.eps = float(config.get("rms_norm_eps", 1e-6))
-        self.rope = Rope(config, context.device)
+        self.rope = Rope(config, context.device, context.max_model_len)
         shape = AttentionShape.of(config, self.eps)
         self.num_heads = shape.num_heads
         window = _window(config)
@@ -36,7 +36,7 @@ class Dense(BaseModel):
             layer = _Layer(weights, f"model.layers.{number}", shape, counts[windowed], windowed)
             counts[windowed] += 1
             self.layers.append(layer)
-        self.norm = weights.take("model.norm.weight")
+        self.norm = RmsNorm(weights.take("model.norm.weight"), self.eps)
         self.cache_spec = CacheSpec(
             full=shape.spec(counts[False]),
             window=shape.spec(counts[True], window),
@@ -44,15 +44,19 @@ class Dense(BaseModel):
             kv_dtype=context.dtype,
         )
 
+    def plan(self, step: StepInput, caches: Caches) -> StepPlan:
+        """What all layers share of a step; makes no other use of the host's lists."""
+        rope = self.rope.tables(step.positions)
+        return plan_step(step, caches, self.cache_spec, self.num_heads, rope)
+
     @torch.inference_mode()
     def forward(self, step: StepInput, caches: Caches) -> torch.Tensor:
         """float32 logits [rows, vocab] of `step.logits_rows`; writes the step into the caches."""
-        rope = self.rope.tables(step.positions)
-        plan = plan_step(step, caches, self.cache_spec, self.num_heads, rope)
+        plan = self.plan(step, caches)
         hidden = self.embed(step.token_ids)
         for layer in self.layers:
-            layer.add_to(hidden, plan, self.eps)
-        return self.logits(rms_norm(hidden[step.logits_rows], self.norm, self.eps))
+            layer.add_to(hidden, plan)
+        return self.logits(hidden, step.logits_rows, self.norm)
 
 
 class _Layer:
@@ -62,8 +66,10 @@ class _Layer:
         self, weights: Weights, prefix: str, shape: AttentionShape, index: int, windowed: bool
     ) -> None:
         self.windowed = windowed
-        self.attention_norm = weights.take(f"{prefix}.input_layernorm.weight")
-        self.mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight")
+        self.attention_norm = RmsNorm(weights.take(f"{prefix}.input_layernorm.weight"), shape.eps)
+        self.mlp_norm = RmsNorm(
+            weights.take(f"{prefix}.post_attention_layernorm.weight"), shape.eps
+        )
         weights.drop(f"{prefix}.self_attn.rotary_emb.inv_freq")
         self.attention = Attention(
             weights, f"{prefix}.self_attn", shape, index, shape.head_dim**-0.5
@@ -73,11 +79,11 @@ class _Layer:
             Linear.load(weights, f"{prefix}.mlp.down_proj"),
         )
 
-    def add_to(self, hidden: torch.Tensor, plan: StepPlan, eps: float) -> None:
+    def add_to(self, hidden: torch.Tensor, plan: StepPlan) -> None:
         group = plan.window if self.windowed else plan.full
         assert group is not None
-        self.attention.add_to(hidden, rms_norm(hidden, self.attention_norm, eps), group, plan.rope)
-        self.mlp.add_to(hidden, rms_norm(hidden, self.mlp_norm, eps))
+        self.attention.add_to(hidden, self.attention_norm, group, plan.rope)
+        self.mlp.add_to(hidden, hidden, self.mlp_norm)
 
 
 def _window(config: ModelConfig) -> int | None:

@@ -12,12 +12,12 @@ from tasuki_engine.layers.mamba2 import Mamba2, Mamba2Shape
 from tasuki_engine.layers.mlp import GatedMlp
 from tasuki_engine.layers.moe import SparseMoe
 from tasuki_engine.layers.rope import Rope
-from tasuki_engine.layers.step_plan import StepPlan, finish_step, plan_step
+from tasuki_engine.layers.step_plan import StepPlan, plan_step
 from tasuki_engine.loader import Weights
 from tasuki_engine.model_config import ModelConfig
 from tasuki_engine.models.base import BaseModel, ModelContext
 from tasuki_engine.step import Caches, CacheSpec, StepInput
-from tasuki_kernels.norm import rms_norm
+from tasuki_kernels.norm import RmsNorm
 
 
 class GraniteHybrid(BaseModel):
@@ -30,9 +30,8 @@ class GraniteHybrid(BaseModel):
         self.eps = float(config.get("rms_norm_eps", 1e-6))
         self.embedding_multiplier = float(config.get("embedding_multiplier", 1.0))
         self.residual_multiplier = float(config.get("residual_multiplier", 1.0))
-        self.logits_scaling = float(config.get("logits_scaling", 1.0))
         uses_rope = config.get("position_embedding_type", None) == "rope"
-        self.rope = Rope(config, context.device) if uses_rope else None
+        self.rope = Rope(config, context.device, context.max_model_len) if uses_rope else None
         attention = AttentionShape.of(config, self.eps)
         mamba = _mamba_shape(config, self.eps)
         self.num_heads = attention.num_heads
@@ -47,8 +46,10 @@ class GraniteHybrid(BaseModel):
                 scale = float(config.get("attention_multiplier", 1.0))
                 mixer = Attention(weights, f"{prefix}.self_attn", attention, counts[kind], scale)
             counts[kind] += 1
-            self.layers.append(_Layer(weights, config, prefix, mixer))
-        self.norm = weights.take("model.norm.weight")
+            self.layers.append(_Layer(weights, config, prefix, mixer, self.eps))
+        # The head is linear: to divide before it costs nothing, to divide logits a pass over them.
+        norm = weights.take("model.norm.weight", torch.float32)
+        self.norm = RmsNorm(norm / float(config.get("logits_scaling", 1.0)), self.eps)
         self.cache_spec = CacheSpec(
             full=attention.spec(counts["attention"]),
             window=None,
@@ -56,28 +57,35 @@ class GraniteHybrid(BaseModel):
             kv_dtype=context.dtype,
         )
 
+    def plan(self, step: StepInput, caches: Caches) -> StepPlan:
+        """What all layers share of a step; makes no other use of the host's lists."""
+        rope = self.rope.tables(step.positions) if self.rope else None
+        return plan_step(step, caches, self.cache_spec, self.num_heads, rope)
+
     @torch.inference_mode()
     def forward(self, step: StepInput, caches: Caches) -> torch.Tensor:
         """float32 logits [rows, vocab] of `step.logits_rows`; writes the step into the caches."""
-        rope = self.rope.tables(step.positions) if self.rope else None
-        plan = plan_step(step, caches, self.cache_spec, self.num_heads, rope)
+        plan = self.plan(step, caches)
         hidden = self.embed(step.token_ids).mul_(self.embedding_multiplier)
         for layer in self.layers:
-            layer.add_to(hidden, plan, self.eps, self.residual_multiplier)
-        finish_step(step, caches)
-        hidden = rms_norm(hidden[step.logits_rows], self.norm, self.eps)
-        return self.logits(hidden).div_(self.logits_scaling)
+            layer.add_to(hidden, plan, self.residual_multiplier)
+        return self.logits(hidden, step.logits_rows, self.norm)
 
 
 class _Layer:
     """One mixer and one MLP, each behind a norm and scaled into the residual."""
 
     def __init__(
-        self, weights: Weights, config: ModelConfig, prefix: str, mixer: Mamba2 | Attention
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        prefix: str,
+        mixer: Mamba2 | Attention,
+        eps: float,
     ) -> None:
         self.mixer = mixer
-        self.mixer_norm = weights.take(f"{prefix}.input_layernorm.weight")
-        self.mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight")
+        self.mixer_norm = RmsNorm(weights.take(f"{prefix}.input_layernorm.weight"), eps)
+        self.mlp_norm = RmsNorm(weights.take(f"{prefix}.post_attention_layernorm.weight"), eps)
         self.mlp = GatedMlp(
             Linear.load(weights, f"{prefix}.shared_mlp.input_linear"),
             Linear.load(weights, f"{prefix}.shared_mlp.output_linear"),
@@ -91,17 +99,18 @@ class _Layer:
                 int(config.get("num_experts_per_tok")),
             )
 
-    def add_to(self, hidden: torch.Tensor, plan: StepPlan, eps: float, scale: float) -> None:
-        x = rms_norm(hidden, self.mixer_norm, eps)
+    def add_to(self, hidden: torch.Tensor, plan: StepPlan, scale: float) -> None:
         if isinstance(self.mixer, Mamba2):
             assert plan.state is not None
-            self.mixer.add_to(hidden, x, plan.state, scale)
+            self.mixer.add_to(hidden, self.mixer_norm, plan.state, scale)
         else:
             assert plan.full is not None
-            self.mixer.add_to(hidden, x, plan.full, plan.rope, scale)
-        x = rms_norm(hidden, self.mlp_norm, eps)
-        self.mlp.add_to(hidden, x, scale)
-        if self.moe is not None:
+            self.mixer.add_to(hidden, self.mixer_norm, plan.full, plan.rope, scale)
+        if self.moe is None:
+            self.mlp.add_to(hidden, hidden, self.mlp_norm, scale)
+        else:
+            x = self.mlp_norm(hidden)
+            self.mlp.add_to(hidden, x, None, scale)
             self.moe.add_to(hidden, x, scale)
 
 

@@ -7,12 +7,12 @@ from tasuki_engine.layers.attention import Attention, AttentionShape
 from tasuki_engine.layers.linear import Linear
 from tasuki_engine.layers.mamba2 import Mamba2, Mamba2Shape
 from tasuki_engine.layers.mlp import Relu2Mlp
-from tasuki_engine.layers.step_plan import StepPlan, finish_step, plan_step
+from tasuki_engine.layers.step_plan import StepPlan, plan_step
 from tasuki_engine.loader import Weights
 from tasuki_engine.model_config import ModelConfig
 from tasuki_engine.models.base import BaseModel, ModelContext
 from tasuki_engine.step import Caches, CacheSpec, StepInput
-from tasuki_kernels.norm import rms_norm
+from tasuki_kernels.norm import RmsNorm
 
 
 class NemotronH(BaseModel):
@@ -46,8 +46,9 @@ class NemotronH(BaseModel):
             else:
                 raise ConfigError(f"layer {number} is of type {kind}, which Nemotron-H lacks here.")
             counts[kind] += 1
-            self.layers.append(_Layer(weights.take(f"{prefix}.norm.weight"), mixer))
-        self.norm = weights.take(f"{root}.norm_f.weight")
+            norm = RmsNorm(weights.take(f"{prefix}.norm.weight"), self.eps)
+            self.layers.append(_Layer(norm, mixer))
+        self.norm = RmsNorm(weights.take(f"{root}.norm_f.weight"), self.eps)
         ssm_dtype = context.state_dtype or config.dtype_of("mamba_ssm_cache_dtype", "float32")
         self.cache_spec = CacheSpec(
             full=attention.spec(counts["attention"]),
@@ -56,35 +57,37 @@ class NemotronH(BaseModel):
             kv_dtype=context.dtype,
         )
 
+    def plan(self, step: StepInput, caches: Caches) -> StepPlan:
+        """What all layers share of a step; makes no other use of the host's lists."""
+        return plan_step(step, caches, self.cache_spec, self.num_heads, None)
+
     @torch.inference_mode()
     def forward(self, step: StepInput, caches: Caches) -> torch.Tensor:
         """float32 logits [rows, vocab] of `step.logits_rows`; writes the step into the caches."""
-        plan = plan_step(step, caches, self.cache_spec, self.num_heads, None)
+        plan = self.plan(step, caches)
         hidden = self.embed(step.token_ids)
         for layer in self.layers:
-            layer.add_to(hidden, plan, self.eps)
-        finish_step(step, caches)
-        return self.logits(rms_norm(hidden[step.logits_rows], self.norm, self.eps))
+            layer.add_to(hidden, plan)
+        return self.logits(hidden, step.logits_rows, self.norm)
 
 
 class _Layer:
     """One mixer behind a norm."""
 
-    def __init__(self, norm: torch.Tensor, mixer: Mamba2 | Attention | Relu2Mlp) -> None:
+    def __init__(self, norm: RmsNorm, mixer: Mamba2 | Attention | Relu2Mlp) -> None:
         self.norm = norm
         self.mixer = mixer
 
-    def add_to(self, hidden: torch.Tensor, plan: StepPlan, eps: float) -> None:
-        x = rms_norm(hidden, self.norm, eps)
+    def add_to(self, hidden: torch.Tensor, plan: StepPlan) -> None:
         match self.mixer:
             case Mamba2():
                 assert plan.state is not None
-                self.mixer.add_to(hidden, x, plan.state)
+                self.mixer.add_to(hidden, self.norm, plan.state)
             case Attention():
                 assert plan.full is not None
-                self.mixer.add_to(hidden, x, plan.full, None)
+                self.mixer.add_to(hidden, self.norm, plan.full, None)
             case Relu2Mlp():
-                self.mixer.add_to(hidden, x)
+                self.mixer.add_to(hidden, hidden, self.norm)
 
 
 def _mamba_shape(config: ModelConfig, eps: float) -> Mamba2Shape:
