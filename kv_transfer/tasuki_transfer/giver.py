@@ -61,6 +61,7 @@ class Giver:
         generation: Callable[[str, int], int] | None = None,
     ) -> None:
         self._regions = {name: open_region(name, tensor) for name, tensor in regions.items()}
+        self._checksum_kind = next(iter(self._regions.values())).checksum
         self._fingerprint = fingerprint
         self._incarnation = incarnation
         self._key = handshake.check_key(key)
@@ -190,7 +191,8 @@ class Giver:
         for span in spans:
             by_pool.setdefault(span.pool, []).append(span.index)
         computed = {
-            pool: iter(self._regions[pool].checksums(indices)) for pool, indices in by_pool.items()
+            pool: iter(self._regions[pool].checksums(indices, self._checksum_kind))
+            for pool, indices in by_pool.items()
         }
         return [next(computed[span.pool]) for span in spans]
 
@@ -254,7 +256,7 @@ class Giver:
             )
         pools = {name: describe(region) for name, region in self._regions.items()}
         metadata = self._nixl.metadata if self._nixl is not None else b""
-        return wire.Welcome(pools, self._leases.seconds, metadata)
+        return wire.Welcome(pools, self._leases.seconds, self._checksum_kind, metadata)
 
     async def _serve_data(self, channel: wire.Channel) -> None:
         while True:

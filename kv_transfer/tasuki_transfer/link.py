@@ -65,8 +65,9 @@ class Watch:
 class Link:
     """Sends heartbeats for its pulls and hands each what the giver says of it."""
 
-    def __init__(self, channel: wire.Channel, lease_seconds: float, source: Source) -> None:
+    def __init__(self, channel: wire.Channel, welcome: wire.Welcome, source: Source) -> None:
         self.source = source
+        self.checksum = welcome.checksum
         self._channel = channel
         self._outbox: asyncio.Queue[msgspec.Struct] = asyncio.Queue()
         self._watches: dict[int, Watch] = {}
@@ -77,7 +78,7 @@ class Link:
             for job in (
                 self._read,
                 functools.partial(channel.write_all, self._outbox),
-                functools.partial(self._beat, lease_seconds / _HEARTBEATS_PER_LEASE),
+                functools.partial(self._beat, welcome.lease_seconds / _HEARTBEATS_PER_LEASE),
             )
         ]
 

@@ -1,7 +1,8 @@
 """Rows of a region as something sockets can read and write, and their checksums.
 
 Host memory is used in place. CUDA memory goes through pinned host buffers (torch caches them) on a
-stream of its own, so that neither side waits for the model's kernels.
+stream of its own, so that neither side waits for the model's kernels; its checksums are computed
+where it lies.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,15 @@ import torch
 import xxhash
 
 from tasuki_common.errors import ConfigError
+from tasuki_kernels.checksum import row_checksums
 from tasuki_transfer import wire
 
 
 class HostRegion:
     """A region in host memory; views are of the pool itself."""
+
+    checksum: wire.Checksum = "xxh3"
+    """The kind that costs least here."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -40,8 +45,10 @@ class HostRegion:
         """Where to put the bytes, and what to call once they are there."""
         return self.readable(indices, start, stop), _nothing
 
-    def checksums(self, indices: Sequence[int]) -> list[int]:
-        """xxh3_64 of each whole row."""
+    def checksums(self, indices: Sequence[int], kind: wire.Checksum) -> list[int]:
+        """Of each whole row."""
+        if kind == "mix64":
+            return row_checksums(self.tensor, indices)
         digest = xxhash.xxh3_64_intdigest
         return [digest(self._row(index, 0, self.span_bytes)) for index in indices]
 
@@ -51,6 +58,9 @@ class CudaRegion:
 
     Offered rows must be final on the device: the engine has waited for the step that wrote them.
     """
+
+    checksum: wire.Checksum = "mix64"
+    """See HostRegion."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -85,8 +95,11 @@ class CudaRegion:
 
         return [_view(host)], land
 
-    def checksums(self, indices: Sequence[int]) -> list[int]:
-        """xxh3_64 of each whole row."""
+    def checksums(self, indices: Sequence[int], kind: wire.Checksum) -> list[int]:
+        """See HostRegion."""
+        if kind == "mix64":
+            with torch.cuda.stream(self._stream):
+                return row_checksums(self.tensor, indices)
         host = self._stage(indices, 0, self.span_bytes)
         return [xxhash.xxh3_64_intdigest(row) for row in host.numpy()]
 

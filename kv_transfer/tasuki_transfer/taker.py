@@ -95,7 +95,7 @@ class Taker:
                 async with asyncio.TaskGroup() as group:
                     while isinstance(message := await watch.next(), wire.Offer):
                         for pool, landings in _match(message, missing).items():
-                            group.create_task(self._land(link.source, request_id, pool, landings))
+                            group.create_task(self._land(link, request_id, pool, landings))
                     if missing:
                         pool, ordinal = next(iter(missing))
                         raise TransferError(
@@ -107,11 +107,12 @@ class Taker:
         return message.note if isinstance(message, wire.Complete) else b""
 
     async def _land(
-        self, source: Source, request_id: str, pool: str, landings: list[Landing]
+        self, link: links.Link, request_id: str, pool: str, landings: list[Landing]
     ) -> None:
-        await source.fetch(request_id, pool, landings)
+        await link.source.fetch(request_id, pool, landings)
         rows = [landing.row for landing in landings]
-        checksums = await in_thread(self._threads, self._regions[pool].checksums, rows)
+        region = self._regions[pool]
+        checksums = await in_thread(self._threads, region.checksums, rows, link.checksum)
         for landing, checksum in zip(landings, checksums, strict=True):
             if checksum != landing.checksum:
                 raise TransferError(
@@ -127,7 +128,10 @@ class Taker:
                 self._links.pop(key) for key, link in list(self._links.items()) if _is_dead(link)
             ]
             task = self._links[name] = asyncio.create_task(self._connect(ticket, dead))
-        return await asyncio.shield(task)
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise TransferError("truncated", "The taker was closed.")
+        return task.result()
 
     async def _connect(self, ticket: Ticket, dead: list[asyncio.Task[links.Link]]) -> links.Link:
         """A new link, after `dead` ones are closed: nobody asks again for givers that are gone."""
@@ -148,7 +152,7 @@ class Taker:
         except BaseException:
             channel.close()
             raise
-        return links.Link(channel, welcome.lease_seconds, source)
+        return links.Link(channel, welcome, source)
 
     def _check_layout(self, welcome: wire.Welcome) -> None:
         for name, region in self._regions.items():

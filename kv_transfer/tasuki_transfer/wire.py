@@ -9,14 +9,14 @@ connection come exactly `num_bytes` raw bytes, whose checksums the offers carry.
 import asyncio
 import socket
 import struct
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 import xxhash
 
 from tasuki_transfer.base import Reason, TransferError
 
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<IQ")
 HANDSHAKE_LIMIT = 4096
 """Payload bytes of a frame from a peer that has not proved that it holds the key."""
@@ -32,6 +32,9 @@ _SOCKET_OPTIONS = {
 """A peer whose machine is gone, or that takes nothing, ends the connection within 30 seconds."""
 
 T = TypeVar("T")
+
+Checksum = Literal["xxh3", "mix64"]
+"""How spans are summed: xxh3_64 is the fastest on a CPU, tasuki_kernels.checksum's on a GPU."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -78,6 +81,8 @@ class Welcome(msgspec.Struct, frozen=True):
 
     pools: dict[str, Pool]
     lease_seconds: float
+    checksum: Checksum
+    """The kind in this giver's offers."""
     nixl: bytes = b""
     """Metadata of the giver's NIXL agent; empty where it has none."""
 

@@ -27,18 +27,20 @@ SHAPES = {"full": (96, 8192), "window": (24, 4096), "state": (4, 3 << 20)}
 """Rows and bytes of each region; a state takes more than one part of a tcp stream."""
 
 
-def random_regions(seed: int) -> Regions:
+def random_regions(seed: int, device: str = "cpu") -> Regions:
     """Regions of SHAPES with random content."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
         for name, shape in SHAPES.items()
     }
 
 
-def empty_regions() -> Regions:
+def empty_regions(device: str = "cpu") -> Regions:
     """Regions of SHAPES with zeros."""
-    return {name: torch.zeros(shape, dtype=torch.uint8) for name, shape in SHAPES.items()}
+    return {
+        name: torch.zeros(shape, dtype=torch.uint8, device=device) for name, shape in SHAPES.items()
+    }
 
 
 class Ends:
@@ -61,10 +63,12 @@ class Pair:
         *,
         lease_seconds: float = LEASE_SECONDS,
         incarnation: str = "first",
+        device: str = "cpu",
     ) -> None:
         self.random = random.Random(seed)
-        self.source = random_regions(seed)
-        self.target = empty_regions()
+        self.device = device
+        self.source = random_regions(seed, device)
+        self.target = empty_regions(device)
         self.ends = Ends()
         self.rows: list[int] = []
         self.generations: dict[tuple[str, int], int] = {}
@@ -103,7 +107,7 @@ class Pair:
 
     def assert_moved(self, spans: list[Span], wanted: dict[str, dict[int, int]]) -> None:
         """Wanted rows hold what the giver's rows hold; all other rows were not touched."""
-        expected = empty_regions()
+        expected = empty_regions(self.device)
         for span in spans:
             row = wanted.get(span.pool, {}).get(span.ordinal)
             if row is not None:
@@ -123,9 +127,10 @@ async def pair(
     backends: Sequence[Backend] = ("tcp",),
     *,
     lease_seconds: float = LEASE_SECONDS,
+    device: str = "cpu",
 ) -> AsyncIterator[Pair]:
     """A started pair on loopback."""
-    both = Pair(seed, backends, lease_seconds=lease_seconds)
+    both = Pair(seed, backends, lease_seconds=lease_seconds, device=device)
     await both.giver.start("127.0.0.1", 0)
     try:
         yield both

@@ -59,12 +59,20 @@ async def assert_untouched(both: Pair) -> None:
 async def test_a_byte_flipped_after_the_offer_is_found(backend):
     async with pair(fresh_seed(), [backend]) as both:
         ticket, spans, wanted = offered(both)
-        await asyncio.sleep(0.2)
+        await asyncio.wrap_future(both.giver._hasher.submit(int))  # all before it is summed
         span = both.random.choice(spans)
         at = both.random.randrange(both.source[span.pool].shape[1])
         both.source[span.pool][span.index, at] ^= 1 << both.random.randrange(8)
         assert await failure(both.taker, ticket, wanted) == "checksum"
         assert both.giver.leases() == 1
+
+
+async def test_a_taker_sums_as_its_giver_does(monkeypatch):
+    async with pair(fresh_seed()) as both:
+        monkeypatch.setattr(both.giver, "_checksum_kind", "mix64")
+        ticket, spans, wanted = offered(both)
+        await both.taker.pull(ticket, wanted, 10)
+        both.assert_moved(spans, wanted)
 
 
 async def test_a_span_given_out_again_under_its_lease_is_found():
@@ -170,7 +178,7 @@ async def test_a_peer_that_never_answers_costs_no_more_than_the_timeout():
         ticket = msgspec.structs.replace(both.ticket("r"), port=port)
         started = time.monotonic()
         assert await failure(both.taker, ticket, {}, 0.3) == "timeout"
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 4
         silent.close()
 
 
@@ -187,16 +195,19 @@ async def test_a_lease_runs_out_once_and_a_late_taker_is_told():
         assert both.giver.leases() == 0
 
 
+@pytest.mark.slow
 async def test_heartbeats_keep_the_lease_while_the_taker_waits():
-    async with pair(fresh_seed(), lease_seconds=0.3) as both:
+    async with pair(fresh_seed(), lease_seconds=2.0) as both:
         ticket = both.ticket("r")
-        pull = asyncio.create_task(both.taker.pull(ticket, {}, 5))
-        await asyncio.sleep(1.0)
+        pull = asyncio.create_task(both.taker.pull(ticket, {}, 30))
+        await asyncio.sleep(3.0)
         assert both.giver.leases() == 1
         pull.cancel()
         await asyncio.gather(pull, return_exceptions=True)
         assert both.giver.leases() == 1
-        await asyncio.sleep(0.6)
+        async with asyncio.timeout(20):
+            while both.giver.leases():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
         assert both.ends.of["r"] == ["expired"]
 
 
@@ -230,13 +241,13 @@ async def test_a_giver_killed_in_mid_pull_ends_the_pull_at_once(backend):
         for delay in (0.0, 0.002, 0.01):
             child = GiverProcess(fresh_seed(), backend, counts)
             wanted = both.want(both.spans(**counts))
-            pull = asyncio.create_task(both.taker.pull(child.ticket, wanted, 10))
+            pull = asyncio.create_task(both.taker.pull(child.ticket, wanted, 60))
             await asyncio.sleep(delay)
             child.signal(signal.SIGKILL)
             started = time.monotonic()
             (outcome,) = await asyncio.gather(pull, return_exceptions=True)
             child.end()
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 20
             if isinstance(outcome, Exception):
                 assert isinstance(outcome, TransferError)
                 # no_backend: it was gone before the two NIXL agents had met.
@@ -265,7 +276,7 @@ async def test_a_giver_that_stops_in_mid_pull_cannot_write_after_the_timeout(bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-async def test_a_cancelled_pull_writes_nothing_more_and_frees_nothing(backend):
+async def test_a_cancelled_pull_writes_nothing_more_and_frees_only_what_has_arrived(backend):
     async with pair(fresh_seed(), [backend]) as both:
         for turn in range(12):
             ticket, spans, wanted = offered(both, f"r{turn}", full=96, state=4)
@@ -273,13 +284,19 @@ async def test_a_cancelled_pull_writes_nothing_more_and_frees_nothing(backend):
             await asyncio.sleep(both.random.random() * 0.02)
             pull.cancel()
             await asyncio.gather(pull, return_exceptions=True)
-            if both.ends.of.get(f"r{turn}"):
-                continue
+            arrived = {pool: rows.clone() for pool, rows in both.target.items()}
             await assert_untouched(both)
+            if released := both.ends.of.get(f"r{turn}"):  # it was cancelled with all verified
+                assert released == ["released"]
+                for pool, rows in both.target.items():
+                    rows.copy_(arrived[pool])
+            else:
+                for rows in both.target.values():
+                    rows.zero_()
+                await both.taker.pull(ticket, wanted, 10)
+            both.assert_moved(spans, wanted)
             for rows in both.target.values():
                 rows.zero_()
-            await both.taker.pull(ticket, wanted, 10)
-            both.assert_moved(spans, wanted)
 
 
 async def test_drain_waits_for_leases_and_says_when_some_are_left():

@@ -94,5 +94,5 @@ class LeaseMachine(RuleBasedStateMachine):
         self.each_lease_is_open_or_ended_once()
 
 
-LeaseMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LeaseMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestLeases = LeaseMachine.TestCase

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import transfer_peers
 
+from tasuki_operator import names
+
 SCENARIO = """
 import asyncio, os, signal, sys, time
 import transfer_peers as peers
@@ -50,3 +52,39 @@ def test_a_read_that_never_ends_costs_its_agent_and_no_other_giver():
     support = str(Path(transfer_peers.__file__).parent)
     environment = os.environ | {"UCX_TLS": "tcp", "PYTHONPATH": support}
     subprocess.run([sys.executable, "-c", SCENARIO], env=environment, check=True, timeout=240)
+
+
+PORTS = """
+import asyncio, sys
+import psutil, transfer_peers as peers
+
+async def main(first, last):
+    counts = {"full": 4, "state": 1}
+    async with peers.pair(1, ["nixl"]) as both:
+        both.taker._backends = ("nixl",)
+        ticket, spans = both.ticket("r"), both.spans(**counts)
+        both.giver.offer("r", spans)
+        both.giver.complete("r")
+        await both.taker.pull(ticket, both.want(spans), 20)
+        own = ticket.port
+        sockets = [one for one in psutil.Process().net_connections("inet") if one.laddr]
+        listening = {one.laddr.port for one in sockets if one.status == "LISTEN"} - {own}
+        assert listening and all(first <= port <= last for port in listening), listening
+        for one in sockets:
+            if one.raddr and own not in (one.laddr.port, one.raddr.port):
+                assert listening & {one.laddr.port, one.raddr.port}, one
+
+asyncio.run(main(*map(int, sys.argv[1:])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.nixl
+def test_over_tcp_nixl_keeps_to_the_ports_that_network_policies_let_through():
+    support = str(Path(transfer_peers.__file__).parent)
+    first, last = map(str, names.NIXL_PORTS)
+    ucx = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo", "UCX_TCP_PORT_RANGE": f"{first}-{last}"}
+    environment = os.environ | ucx | {"PYTHONPATH": support}
+    subprocess.run(
+        [sys.executable, "-c", PORTS, first, last], env=environment, check=True, timeout=120
+    )

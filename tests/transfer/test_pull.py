@@ -32,17 +32,18 @@ async def test_wanted_rows_hold_the_givers_bytes_and_no_other_row_changes(backen
 
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_spans_arrive_while_the_giver_still_computes(backend):
-    async with pair(fresh_seed(), [backend]) as both:
+    async with pair(fresh_seed(), [backend], lease_seconds=60) as both:
         spans = both.spans(full=40, window=4, state=1)
         wanted = both.want(spans)
         ticket = both.ticket("r")
-        pull = asyncio.create_task(both.taker.pull(ticket, wanted, 20))
+        pull = asyncio.create_task(both.taker.pull(ticket, wanted, 60))
         first_row = wanted["full"][0]
         for start in range(0, 40, 8):
             both.giver.offer("r", spans[start : start + 8])
             await asyncio.sleep(0.05)
-        await asyncio.sleep(0.3)
-        assert both.target["full"][first_row].any()
+        async with asyncio.timeout(30):
+            while not both.target["full"][first_row].any():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
         assert not pull.done()
         assert both.giver.leases() == 1
         both.giver.offer("r", spans[40:])

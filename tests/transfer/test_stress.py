@@ -73,7 +73,10 @@ async def test_many_takers_of_one_giver_and_cancelled_connects_leave_no_descript
                 pull.cancel()
             await asyncio.gather(pull, return_exceptions=True)
             await other.taker.close()
-        await asyncio.sleep(0.1)
+        for _ in range(200):
+            await asyncio.sleep(0.05)
+            if open_files() == before:
+                break
         assert open_files() == before
 
 
@@ -93,10 +96,14 @@ async def test_givers_that_come_and_go_leave_no_descriptor_and_no_task_with_the_
         assert counts[-1] == counts[1]
 
 
-async def test_closing_the_taker_fails_what_is_under_way():
+@pytest.mark.parametrize("connected", [True, False])
+async def test_closing_the_taker_fails_what_is_under_way(connected):
     async with pair(fresh_seed()) as both:
-        pull = asyncio.create_task(both.taker.pull(both.ticket("r"), {}, 5))
-        await asyncio.sleep(0.1)
+        pull = asyncio.create_task(both.taker.pull(both.ticket("r"), {}, 60))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            while connected and not both.giver._leases.get("r").watchers:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         await both.taker.close()
         with pytest.raises(TransferError) as error:
             await pull
