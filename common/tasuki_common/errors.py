@@ -4,6 +4,7 @@
     ├── RequestError        the caller must change the request (HTTP 400)
     ├── NotFoundError       no such model (HTTP 404)
     ├── OverloadedError     try again later (HTTP 503 with Retry-After)
+    │   └── UnavailableError    try another pod: this one loads, leaves, or has another model
     ├── DeadlineError       the request's own deadline passed (HTTP 504)
     └── ConfigError         whoever started this process must change its configuration
 
@@ -33,6 +34,10 @@ class OverloadedError(TasukiError):
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class UnavailableError(OverloadedError):
+    """A pod that takes no such requests now, however few it has: it loads or leaves, say."""
 
 
 class DeadlineError(TasukiError):

@@ -60,13 +60,17 @@ def get(name: str) -> EventLog:
     return EventLog(logging.getLogger(name))
 
 
-def setup(component: str, level: Level = "info", stream: TextIO | None = None) -> None:
+def setup(
+    component: str, level: Level = "info", stream: TextIO | None = None, **fields: str
+) -> None:
     """Sends all logs of this process to `stream` (standard error) as JSON lines.
 
-    Called once at start; servers are then run without a log configuration of their own.
+    `fields` stand on each of them, but for empty ones. Called once at start; servers are then run
+    without a log configuration of their own.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(_JsonLines(component))
+    frame = {"component": component} | {name: text for name, text in fields.items() if text}
+    handler.setFormatter(_JsonLines(frame))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -80,16 +84,16 @@ def setup(component: str, level: Level = "info", stream: TextIO | None = None) -
 
 
 class _JsonLines(logging.Formatter):
-    def __init__(self, component: str) -> None:
+    def __init__(self, frame: dict[str, str]) -> None:
         super().__init__()
-        self._component = component
+        self._frame = frame
         self._encoder = msgspec.json.Encoder(enc_hook=str)
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "ts": _timestamp(record.created),
             "level": record.levelname.lower(),
-            "component": self._component,
+            **self._frame,
             "logger": record.name,
             "event": record.getMessage(),
         }

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from tasuki_common.hashing import HashAlgorithm
+from tasuki_common.policy import Policy
 from tasuki_common.sampling import SamplingParams
 
 Role = Literal["prefill", "decode"]
@@ -55,21 +56,21 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     needs_checkpoint: bool
     """True for models with recurrent layers: a prefix resumes only at a checkpoint."""
     draining: bool = False
-    prefill_threshold: int | None = None
-    """Missing prompt tokens up to which a decode pod of this model prefills itself; None: the
-    gateway's setting."""
+    policy: Policy = Policy()
     load: Load = Load()
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """GET /card of a pod: what the gateway needs to parse, render and tokenize for the model."""
+    """GET /card of a pod: what the gateway needs to parse, render and tokenize for the model.
+
+    Equal for all pods of a fingerprint; what may differ between them is in `Member`.
+    """
 
     model: str
-    aliases: tuple[str, ...] = ()
+    """Served name of the pod that was asked."""
     fingerprint: str
     root: str
     """Where the weights came from."""
-    max_model_len: int
     vocab_size: int
     created: int
     """Unix seconds."""
@@ -155,9 +156,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float = 600.0
     ticket: Ticket | None = None
     resume: tuple[ResumedChoice, ...] = ()
+    """One per choice, or empty: tokens that the client has, never to be sent again."""
     trace: str = ""
     """`traceparent` of the gateway's leg, where requests are traced."""
-    """One per choice, or empty: tokens that the client has, never to be sent again."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +169,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Over all choices, resumed tokens included."""
     cached_tokens: int
     """Prompt tokens that no pod had to compute for this request."""
+
+
+UNAVAILABLE = "unavailable"
+"""`ErrorBody.code` of a pod that will take no such request, however often it is asked."""
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,13 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from tasuki_common import logs, tracing
-from tasuki_common.errors import DeadlineError, OverloadedError, RequestError, TasukiError
+from tasuki_common.errors import (
+    DeadlineError,
+    OverloadedError,
+    RequestError,
+    TasukiError,
+    UnavailableError,
+)
 from tasuki_common.frames import CONTENT_TYPE, Kind, encode
 from tasuki_common.messages import GenerateRequest
 from tasuki_common.tokenizer import Tokenizer
@@ -173,7 +179,7 @@ def _note_failure(loading: "asyncio.Future[Tokenizer]") -> None:
 
 def _check(request: GenerateRequest, pod: Pod) -> None:
     if request.fingerprint not in ("", pod.engine.fingerprint):
-        raise OverloadedError(
+        raise UnavailableError(
             f"Pod {pod.config.pod_name} serves {pod.engine.fingerprint}, not "
             f"{request.fingerprint} that the prompt was tokenized for; ask another one."
         )

@@ -13,6 +13,13 @@ from tasuki_decode.logprobs import LogprobWriter
 from tasuki_engine.request import TokenLogprobs
 
 _json = msgspec.json.Encoder().encode
+_LINE_ENDS = {
+    "\x85".encode(): rb"\u0085",
+    "\u2028".encode(): rb"\u2028",
+    "\u2029".encode(): rb"\u2029",
+}
+"""Lines of server-sent events end with CR or LF, but clients that split like Python's `splitlines`
+(httpx does) take these for ends as well; JSON escapes all others itself."""
 
 
 class ChunkWriter:
@@ -92,7 +99,7 @@ class ChunkWriter:
         if self._plain and not delta.finished:
             if not delta.text:
                 return b""
-            return self._heads[choice] + _json(delta.text) + self._plain_end
+            return _one_line(self._heads[choice] + _json(delta.text) + self._plain_end)
         return self._event(choice, delta, self._logprobs.output(delta, logprobs), num_tokens, b"")
 
     def _event(
@@ -102,14 +109,17 @@ class ChunkWriter:
             extra += b',"stop_reason":%b' % _json(delta.stop_reason)
         if self._request.return_token_ids:
             extra += b',"token_ids":%b' % _json(list(delta.token_ids))
-        return b'%b%b%b,"logprobs":%b,"finish_reason":%b%b}]%b}\n\n' % (
-            self._heads[choice],
-            _json(delta.text),
-            b"}" if self._chat else b"",
-            logprobs,
-            _json(delta.finish_reason),
-            extra,
-            self._usage(num_tokens),
+        return _one_line(
+            b'%b%b%b,"logprobs":%b,"finish_reason":%b%b}]%b}\n\n'
+            % (
+                self._heads[choice],
+                _json(delta.text),
+                b"}" if self._chat else b"",
+                logprobs,
+                _json(delta.finish_reason),
+                extra,
+                self._usage(num_tokens),
+            )
         )
 
     def _role(
@@ -135,3 +145,11 @@ class ChunkWriter:
             num_tokens,
             prompt + num_tokens,
         )
+
+
+def _one_line(event: bytes) -> bytes:
+    """The same JSON, in which no client finds the end of a line."""
+    if not event.isascii():
+        for raw, escaped in _LINE_ENDS.items():
+            event = event.replace(raw, escaped)
+    return event

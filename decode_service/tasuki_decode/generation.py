@@ -111,7 +111,18 @@ class Generation:
         await write(encode(Kind.DONE, 0, [], _json(usage)))
 
     def close(self) -> None:
-        """Leaves nothing in the engine."""
+        """Leaves nothing in the engine, and a line in the log."""
+        prefix, ticket = self._prefix, self._request.ticket
+        log.info(
+            "generation_ended",
+            request_id=self._request.request_id,
+            finished=not self._open,
+            prompt_tokens=len(self._request.prompt_token_ids),
+            completion_tokens=self._num_tokens,
+            giver=ticket.pod if ticket is not None and prefix is not None else None,
+            bytes_taken_over=prefix.bytes if prefix is not None else 0,
+            seconds=round(time.monotonic() - self._arrived, 4),
+        )
         if self._open:
             self._pod.client.abort(list(self._open))
             self._open.clear()
@@ -224,7 +235,7 @@ class Generation:
             return
         now, metrics = time.monotonic(), self._pod.metrics
         if choice.last_token_at:
-            metrics.inter_token_latency.observe(now - choice.last_token_at)
+            metrics.inter_token_seconds.observe(now - choice.last_token_at)
         else:
             metrics.time_to_first_token.observe(now - self._arrived)
         choice.last_token_at = now

@@ -43,6 +43,9 @@ class PodConfig:
     pod_name: str = dataclasses.field(
         default="", metadata={"help": "Name, unique among live pods; empty: the host's."}
     )
+    deployment: str = dataclasses.field(
+        default="", metadata={"help": "Namespace and name of the deployment, for the logs."}
+    )
     transfer_backends: tuple[str, ...] = dataclasses.field(
         default=("nixl", "tcp"), metadata={"help": "Transports of the hand-over, best first."}
     )
@@ -71,12 +74,9 @@ class PodConfig:
         default=30.0,
         metadata={"help": "How long a stopping pod waits for its requests and leases."},
     )
-    prefill_threshold: int | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Missing prompt tokens up to which a decode pod prefills itself; "
-            "none: the gateway's setting."
-        },
+    policy_file: str = dataclasses.field(
+        default="",
+        metadata={"help": "What gateways allow with the model, as JSON; empty: everything."},
     )
     engine: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"help": "Fields of the engine's configuration."}

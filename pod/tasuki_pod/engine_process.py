@@ -9,6 +9,7 @@ busy one sees all that came between two steps. The process ends when it is told 
 HTTP process is gone, or when the engine fails; it never goes on with an engine it cannot trust.
 """
 
+import gc
 import os
 import queue
 import signal
@@ -56,7 +57,7 @@ def main(file_descriptor: int) -> int:
     start = inbox.get()
     if not isinstance(start, Start):
         return 0
-    logs.setup(component=f"{start.role}-engine", level=start.log_level)
+    logs.setup(f"{start.role}-engine", start.log_level, deployment=start.deployment)
     try:
         _serve(start, inbox, channel)
     except (BrokenPipeError, ConnectionResetError):
@@ -82,6 +83,10 @@ def _serve(start: Start, inbox: Inbox, channel: socket.socket) -> None:
 
     try:
         host, port, backends = agent.start()
+        # Collections go through what requests leave, not through all that imports have made: that
+        # takes a tenth of a second, in which no step is launched.
+        gc.collect()
+        gc.freeze()
         send(
             Ready(
                 fingerprint=engine.fingerprint,
@@ -102,6 +107,7 @@ def _serve(start: Start, inbox: Inbox, channel: socket.socket) -> None:
         EngineLoop(engine, agent, inbox, send).run()
     finally:
         agent.stop()
+        gc.unfreeze()  # else Triton's bindings say at exit what they could not let go
 
 
 def _read(channel: socket.socket, inbox: Inbox) -> None:

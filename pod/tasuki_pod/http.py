@@ -15,8 +15,9 @@ from tasuki_common.errors import (
     OverloadedError,
     RequestError,
     TasukiError,
+    UnavailableError,
 )
-from tasuki_common.messages import ErrorBody, ErrorResponse
+from tasuki_common.messages import UNAVAILABLE, ErrorBody, ErrorResponse
 from tasuki_pod.engine_client import EngineLostError
 
 log = logs.get("tasuki.http")
@@ -63,7 +64,9 @@ def error_body(error: TasukiError) -> tuple[int, ErrorResponse]:
             status, kind = 400, "invalid_request_error"
         case NotFoundError():
             status, kind, code = 404, "invalid_request_error", "not_found"
-        case OverloadedError() | EngineLostError():
+        case UnavailableError() | EngineLostError():
+            status, kind, code = 503, "overloaded_error", UNAVAILABLE
+        case OverloadedError():
             status, kind, code = 503, "overloaded_error", "overloaded"
         case DeadlineError():
             status, kind, code = 504, "timeout_error", "timeout"

@@ -20,6 +20,11 @@ class Membership:
             self._index = Index(config.redis_url)
             self._publisher = Publisher(self._index, member, ttl=config.heartbeat_seconds)
 
+    @property
+    def announced(self) -> bool:
+        """Whether gateways can have heard of the pod, as far as the index goes."""
+        return self._publisher is None or self._publisher.announced
+
     def start(self) -> None:
         """Announces the pod, and goes on doing so."""
         if self._publisher is not None:

@@ -20,7 +20,7 @@ _TOKENS = (0, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 _GAUGES = {
     "tasuki_requests_running": ("running", "Requests in the running batch."),
     "tasuki_requests_waiting": ("waiting", "Requests admitted and not yet running."),
-    "tasuki_waiting_tokens": ("waiting_tokens", "Prompt tokens still to compute."),
+    "tasuki_prompt_tokens_waiting": ("waiting_tokens", "Prompt tokens still to compute."),
     "tasuki_blocks_capacity": ("blocks_total", "KV blocks of the pool."),
     "tasuki_blocks_used": ("blocks_used", "KV blocks held by requests and leases."),
     "tasuki_blocks_cached": ("blocks_cached", "KV blocks kept for prefix hits alone."),
@@ -36,7 +36,7 @@ _COUNTERS = {
     "tasuki_preemptions": ("preemptions", "Requests put back to make room."),
     "tasuki_engine_steps": ("steps", "Steps of the engine."),
     "tasuki_engine_step_seconds": ("step_seconds", "Seconds spent in steps."),
-    "tasuki_prompt_tokens": ("prompt_tokens", "Prompt tokens computed."),
+    "tasuki_prompt_tokens_computed": ("prompt_tokens", "Prompt tokens computed."),
     "tasuki_generated_tokens": ("generated_tokens", "Tokens sampled."),
 }
 
@@ -55,8 +55,8 @@ class Metrics:
         self.time_to_first_token = histogram(
             "tasuki_time_to_first_token_seconds", "Arrival to first token.", _SECONDS
         )
-        self.inter_token_latency = histogram(
-            "tasuki_inter_token_latency_seconds", "Between two tokens of one choice.", _SECONDS
+        self.inter_token_seconds = histogram(
+            "tasuki_inter_token_seconds", "Between two tokens of one choice.", _SECONDS
         )
         self.queue_seconds = histogram(
             "tasuki_queue_seconds", "Arrival to admission by the engine.", _SECONDS
@@ -65,7 +65,9 @@ class Metrics:
             "tasuki_prefix_hit_depth_tokens", "Prompt tokens not computed here.", _TOKENS
         )
         self._transfer_seconds = histogram(
-            "tasuki_transfer_seconds", "Time of a hand-over on the taking side.", _SECONDS
+            "tasuki_transfer_seconds",
+            "Time of a hand-over's transfer, on the taking side.",
+            _SECONDS,
         )
         self._transfer_bytes = self._counter(
             "tasuki_transfer_bytes", "Bytes taken over from other pods.", "backend"
@@ -78,6 +80,8 @@ class Metrics:
         self._leases_ended = self._counter(
             "tasuki_leases_ended", "Prefixes kept for other pods, by how that ended.", "outcome"
         )
+        for outcome in ("released", "expired", "failed"):
+            self._leases_ended.labels(role, outcome)  # rates need a zero to begin with
         self.event_loop_tasks = Gauge(
             "tasuki_event_loop_tasks",
             "Tasks of the event loop, now.",

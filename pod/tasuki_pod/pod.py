@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tasuki_common import logs
-from tasuki_common.errors import OverloadedError
+from tasuki_common.errors import UnavailableError
 from tasuki_common.hashing import block_hashes, root_hash
 from tasuki_common.messages import Load, Member, ModelCard, Role
 from tasuki_pod.config import PodConfig
@@ -36,6 +36,7 @@ from tasuki_pod.engine_client import EngineClient
 from tasuki_pod.http import msgpack_response
 from tasuki_pod.membership import Membership
 from tasuki_pod.metrics import Metrics
+from tasuki_pod.policy import PolicyFile
 from tasuki_pod.wire import Backend, PrefixEnded, Ready, Start
 
 log = logs.get("tasuki.pod")
@@ -59,6 +60,7 @@ class Pod:
         self.role = role
         self.url = url
         self.incarnation = secrets.token_hex(8)
+        self._policy = PolicyFile(config.policy_file)
         self.metrics = Metrics(role)
         self.membership = Membership(config, self.member)
         self.client = EngineClient(
@@ -78,10 +80,10 @@ class Pod:
         """What the loaded engine said of itself.
 
         Raises:
-            OverloadedError: it is still loading.
+            UnavailableError: it is still loading.
         """
         if self._engine is None:
-            raise OverloadedError("The model is still being loaded.", retry_after=2.0)
+            raise UnavailableError("The model is still being loaded.", retry_after=2.0)
         return self._engine
 
     @property
@@ -107,7 +109,7 @@ class Pod:
             hash_revision=engine.hash_revision,
             needs_checkpoint=engine.needs_checkpoint,
             draining=not self.ready,
-            prefill_threshold=config.prefill_threshold,
+            policy=self._policy.current(),
             load=Load(
                 running=stats.running,
                 waiting=stats.waiting,
@@ -123,10 +125,8 @@ class Pod:
         engine, folder = self.engine, Path(self.engine.folder)
         return ModelCard(
             model=self.config.served_name,
-            aliases=self.config.aliases,
             fingerprint=engine.fingerprint,
             root=self.config.model,
-            max_model_len=engine.max_model_len,
             vocab_size=engine.vocab_size,
             created=self._created,
             files={
@@ -147,11 +147,11 @@ class Pod:
         """Counts a request in while the block runs.
 
         Raises:
-            OverloadedError: the pod is not ready, or on its way out.
+            UnavailableError: the pod is not ready, or on its way out.
         """
         if not self.ready:
             state = "still loading" if self._engine is None else "leaving"
-            raise OverloadedError(f"Pod {self.config.pod_name} is {state}; ask another one.")
+            raise UnavailableError(f"Pod {self.config.pod_name} is {state}; ask another one.")
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -169,6 +169,7 @@ class Pod:
                 engine=config.engine_config(),
                 role=self.role,
                 pod=config.pod_name,
+                deployment=config.deployment,
                 incarnation=self.incarnation,
                 transfer_key=config.transfer_key.encode(),
                 transfer_backends=typing.cast(tuple[Backend, ...], config.transfer_backends),
@@ -236,7 +237,10 @@ def common_routes(pod: Pod) -> list[BaseRoute]:
         )
 
     async def ready(_: Request) -> Response:
-        return PlainTextResponse("ready" if pod.ready else "not ready", _status(pod.ready))
+        """Who replaces pods waits for this: a pod that no gateway finds replaces nobody."""
+        known = pod.membership.announced
+        text = "ready" if pod.ready and known else "not ready" if known else "not in the index"
+        return PlainTextResponse(text, _status(pod.ready and known))
 
     async def member(_: Request) -> Response:
         return msgpack_response(pod.member())

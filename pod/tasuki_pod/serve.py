@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
@@ -15,6 +14,7 @@ from starlette.routing import BaseRoute
 
 from tasuki_common import logs, tracing
 from tasuki_common.errors import ConfigError, TasukiError
+from tasuki_common.listening import listen
 from tasuki_common.messages import Role
 from tasuki_common.settings import describe, load
 from tasuki_pod.config import PodConfig
@@ -35,7 +35,7 @@ def main(role: Role, argv: Sequence[str], routes: Routes) -> int:
     logs.setup(component=role)
     try:
         config = load(PodConfig, argv, prog=f"tasuki {role}")
-        logs.setup(component=role, level=config.log_level)
+        logs.setup(role, config.log_level, deployment=config.deployment)
         tracing.setup(role, config.pod_name)
         log.info("settings", **describe(config))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -46,7 +46,7 @@ def main(role: Role, argv: Sequence[str], routes: Routes) -> int:
 
 
 async def _run(config: PodConfig, role: Role, routes: Routes) -> int:
-    listener = _listen(config.host, config.port)
+    listener = listen(config.host, config.port, _BACKLOG)
     port = listener.getsockname()[1]
     pod = Pod(config, role, f"http://{_bracketed(config.advertise_host)}:{port}")
     await pod.start()
@@ -94,16 +94,6 @@ async def _answer_error(_: Request, error: Exception) -> Response:
     """What a plain route raised, in the shape of every error: a pod that loads answers 503."""
     assert isinstance(error, TasukiError)
     return error_response(error)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"port {port} on {host} cannot be used ({error.strerror}); choose another --port."
-        ) from error
 
 
 def _bracketed(host: str) -> str:

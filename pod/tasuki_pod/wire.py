@@ -26,6 +26,7 @@ class Start(msgspec.Struct, tag="start", kw_only=True):
     engine: EngineConfig
     role: Role
     pod: str
+    deployment: str
     incarnation: str
     transfer_key: bytes
     transfer_backends: tuple[Backend, ...]

@@ -6,6 +6,7 @@ admits, names and cancels.
 
 import asyncio
 import itertools
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from tasuki_common import tracing
+from tasuki_common import logs, tracing
 from tasuki_common.errors import DeadlineError, RequestError
 from tasuki_common.messages import PrefillRequest, Ticket
 from tasuki_engine.request import EngineRequest
@@ -23,6 +24,8 @@ from tasuki_pod.engine_client import Mailbox
 from tasuki_pod.http import Endpoint, msgpack_response, read_message
 from tasuki_pod.pod import Pod
 from tasuki_pod.wire import PrefixEnded
+
+log = logs.get("tasuki.prefill")
 
 
 def routes(pod: Pod) -> Sequence[BaseRoute]:
@@ -39,6 +42,9 @@ class _Open(NamedTuple):
 
     request_id: str
     """The gateway's."""
+    num_tokens: int
+    begun: float
+    """Monotonic seconds."""
     leg: tracing.Span
     """Until it is released."""
 
@@ -96,7 +102,7 @@ class Prefills:
         leg = tracing.start(
             "prefix", request.trace, request_id=name, pod=config.pod_name, tokens=covered
         )
-        self._open[name] = _Open(request.request_id, leg)
+        self._open[name] = _Open(request.request_id, covered, time.monotonic(), leg)
         try:
             await pod.client.admit(name, [engine_request], Mailbox())
         except BaseException:
@@ -121,5 +127,12 @@ class Prefills:
 
     def _end(self, name: str, outcome: str) -> None:
         if (gone := self._open.pop(name, None)) is not None:
+            log.info(
+                "prefix_ended",
+                request_id=gone.request_id,
+                outcome=outcome,
+                tokens=gone.num_tokens,
+                seconds=round(time.monotonic() - gone.begun, 4),
+            )
             gone.leg.note(outcome=outcome)
             gone.leg.end()

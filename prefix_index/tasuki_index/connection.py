@@ -22,6 +22,8 @@ from tasuki_index.errors import IndexUnavailable
 
 PAUSE = 1.0
 """Seconds without calls after a failed one."""
+CONNECTIONS = 8
+"""At most, of a process; one call takes one for a round trip, more would only queue in Redis."""
 CLUSTER_SCHEME = "redis+cluster://"
 
 
@@ -44,7 +46,9 @@ class Connection:
     def __init__(self, url: str, timeout: float) -> None:
         self._url, self._timeout = url, timeout
         self._client = _client(url, timeout)
+        self._room = asyncio.Semaphore(CONNECTIONS)
         self._closed_until = 0.0
+        self._failure = ""
 
     async def command(self, *parts: bytes | str | int) -> Any:
         """The answer to one command; its first key decides the cluster's node."""
@@ -69,18 +73,19 @@ class Connection:
     async def _guarded(self, call: Callable[[], Awaitable[Any]]) -> Any:
         now = time.monotonic()
         if now < self._closed_until:
-            raise IndexUnavailable(f"Redis at {_without_password(self._url)} failed a moment ago")
+            raise IndexUnavailable(self._failure)
         if self._closed_until:
             # This call is the probe; others fail meanwhile.
             self._closed_until = now + self._timeout
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout), self._room:
                 answer = await _cancellable(call())
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             self._closed_until = time.monotonic() + PAUSE
             reason = str(error) or type(error).__name__
             where = _without_password(self._url)
-            raise IndexUnavailable(f"Redis at {where} gave no answer: {reason}") from error
+            self._failure = f"Redis at {where} gave no answer: {reason}"
+            raise IndexUnavailable(self._failure) from error
         self._closed_until = 0.0
         return answer
 

@@ -14,7 +14,7 @@ import msgspec
 
 from tasuki_common import logs
 from tasuki_common.messages import Member
-from tasuki_index.connection import Connection, Script
+from tasuki_index.connection import CONNECTIONS, Connection, Script
 from tasuki_index.events import Change
 
 log = logs.get("tasuki.index")
@@ -24,6 +24,7 @@ MAX_CHECKPOINT_PROBES = 2048
 MODELS = "tasuki:models"
 
 _ANNOUNCE = Script("sweep", "retire", "announce")
+_ENLIST = Script("enlist")
 _WITHDRAW = Script("retire", "withdraw")
 _MEMBERS = Script("members")
 _PUBLISH = Script("publish")
@@ -77,7 +78,7 @@ class Index:
             mark,
             sequence,
         )
-        await self._connection.command("SADD", MODELS, member.fingerprint)
+        await self._connection.run(_ENLIST, MODELS, member.fingerprint)
         return held if held is not None and answer == mark else Registration(answer)
 
     async def withdraw(self, member: Member) -> None:
@@ -86,11 +87,18 @@ class Index:
         await self._connection.run(_WITHDRAW, root, member.pod, member.incarnation)
 
     async def members(self) -> list[Member]:
-        """All live pods of all models, in two round trips."""
+        """All live pods of all models: a round trip for each model, some of them at once.
+
+        None waits for a connection within its time limit, however many models there are.
+        """
         models: Iterable[bytes] = await self._connection.command("SMEMBERS", MODELS)
         fingerprints = sorted(name.decode() for name in models)
-        found = await asyncio.gather(*(self._members_of(name) for name in fingerprints))
-        return [member for members in found for member in members]
+        found: list[Member] = []
+        for first in range(0, len(fingerprints), CONNECTIONS):
+            some = fingerprints[first : first + CONNECTIONS]
+            for members in await asyncio.gather(*map(self._members_of, some)):
+                found += members
+        return found
 
     async def publish(
         self, fingerprint: str, registration: Registration, changes: Sequence[Change]

@@ -45,6 +45,7 @@ class Publisher:
         self._fingerprint = ""
         self._registered_at = -RETRY_SECONDS
         self._reachable = True
+        self._announced = False
         self._next_heartbeat = 0.0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -53,6 +54,11 @@ class Publisher:
     def reachable(self) -> bool:
         """Whether the last contact with Redis succeeded."""
         return self._reachable
+
+    @property
+    def announced(self) -> bool:
+        """Whether Redis has heard of the pod at least once."""
+        return self._announced
 
     @property
     def pending(self) -> int:
@@ -111,6 +117,7 @@ class Publisher:
         held, member = self._registration, self._member()
         self._next_heartbeat = time.monotonic() + self._ttl / 3
         registration = await self._index.announce(member, self._ttl, held)
+        self._announced = True
         if registration != held:
             self._registration, self._fingerprint = registration, member.fingerprint
             self._registered_at = time.monotonic()

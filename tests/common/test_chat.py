@@ -111,7 +111,7 @@ def messages() -> st.SearchStrategy[list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("style", TEMPLATES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chat=messages(), generation=st.booleans(), tools=st.booleans(), documents=st.booleans())
 def test_prompts_are_those_of_transformers(
     style: str, chat: list[dict[str, Any]], generation: bool, tools: bool, documents: bool

@@ -31,7 +31,7 @@ def streamed(kind: str, ids: list[int], cuts: list[int], skip: bool) -> list[str
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_pieces_join_to_the_whole_text(kind: str, skip: bool, data: st.DataObject) -> None:
     ids, cuts = data.draw(ids_and_cuts(kind))
@@ -40,7 +40,7 @@ def test_pieces_join_to_the_whole_text(kind: str, skip: bool, data: st.DataObjec
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.one_of(st.sampled_from(TEXTS), st.text(max_size=30)))
 def test_no_character_is_split(kind: str, text: str) -> None:
     ids = tokenizer(kind).encode(text, add_special_tokens=False)

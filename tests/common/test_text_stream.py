@@ -80,7 +80,7 @@ def expected(kind: str, ids: list[int], params: SamplingParams) -> tuple[str, st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_text_ends_at_the_stop_string_that_ends_first(kind: str, data: st.DataObject) -> None:
     ids, params, cuts = data.draw(cases(kind))
@@ -94,7 +94,7 @@ def test_text_ends_at_the_stop_string_that_ends_first(kind: str, data: st.DataOb
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_primed_stream_says_exactly_the_rest(kind: str, data: st.DataObject) -> None:
     ids, params, cuts = data.draw(cases(kind))
@@ -117,7 +117,7 @@ def test_a_primed_stream_says_exactly_the_rest(kind: str, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_tokens_that_count_end_with_the_one_that_completes_the_stop_string(
     kind: str, data: st.DataObject

@@ -11,6 +11,8 @@ import httpx
 import pytest
 import tiny_models
 import torch
+from draw_margins import TRIES, is_settled
+from greedy import is_greedy
 from pods import PodProcess, generate, relay, running, until_idle
 
 BLOCK = 16
@@ -41,11 +43,11 @@ async def test_a_prompt_computed_elsewhere_gives_the_tokens_and_logprobs_of_tran
         for length in (17, 33, 256, rng.randrange(100, 500)):
             prompt = random_prompt(rng, length)
             answer = await relay(client, giver, taker, prompt, max_tokens=12, logprobs=0)
-            expected = tiny_models.reference_greedy(folder, prompt, 12)
-            assert answer.tokens[0] == expected, f"length {length}"
-            table = tiny_models.reference_logprobs(folder, prompt + expected)
+            tokens = answer.tokens[0]
+            assert is_greedy(folder, prompt, tokens), f"length {length}"
+            table = tiny_models.reference_logprobs(folder, prompt + tokens)
             rows = table[len(prompt) - 1 : -1]
-            reference = rows[torch.arange(12), torch.tensor(expected)]
+            reference = rows[torch.arange(12), torch.tensor(tokens)]
             got = [
                 value
                 for event in answer.events
@@ -60,11 +62,19 @@ async def test_a_prompt_computed_elsewhere_gives_the_tokens_and_logprobs_of_tran
 
 
 async def test_a_seeded_sample_is_the_same_with_and_without_a_hand_over(
-    prefill_pod: PodProcess, decode_pod: PodProcess, client: httpx.AsyncClient, seed: int
+    prefill_pod: PodProcess,
+    decode_pod: PodProcess,
+    client: httpx.AsyncClient,
+    model: Path,
+    seed: int,
 ) -> None:
-    prompt = random_prompt(random.Random(seed + 1), 90)
+    rng = random.Random(seed + 1)
     options = {"temperature": 1.0, "top_p": 0.95, "n": 3, "seed": 11, "max_tokens": 20}
-    moved = await relay(client, prefill_pod, decode_pod, prompt, **options)
+    for _ in range(TRIES):
+        prompt = random_prompt(rng, 90)
+        moved = await relay(client, prefill_pod, decode_pod, prompt, **options)
+        if is_settled(model, prompt, moved.tokens, options):
+            break
     local = await generate(client, decode_pod, prompt, cache_salt="another", **options)
     assert moved.tokens == local.tokens
     assert len({tuple(tokens) for tokens in moved.tokens.values()}) == 3

@@ -19,7 +19,7 @@ def whole_chain(block: int, held: set[int], parents: tuple[int, ...]) -> bool:
 
 
 @given(PARENTS, STEPS)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_published_is_exactly_what_has_no_hole_above_it_after_every_event(
     parents: tuple[int, ...], steps: list[tuple[int, bool, bool]]
 ) -> None:
@@ -42,7 +42,6 @@ def test_published_is_exactly_what_has_no_hole_above_it_after_every_event(
 
 
 @given(PARENTS, STEPS)
-@settings(deadline=None)
 def test_a_snapshot_is_closed_under_prefixes_at_every_cut(
     parents: tuple[int, ...], steps: list[tuple[int, bool, bool]]
 ) -> None:
@@ -56,7 +55,6 @@ def test_a_snapshot_is_closed_under_prefixes_at_every_cut(
 
 
 @given(PARENTS, STEPS)
-@settings(deadline=None)
 def test_nothing_is_remembered_of_a_cache_that_is_empty_again(
     parents: tuple[int, ...], steps: list[tuple[int, bool, bool]]
 ) -> None:

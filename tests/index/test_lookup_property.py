@@ -42,7 +42,7 @@ def true_depth(held: set[tuple[str, bytes]], needs_checkpoint: bool) -> int:
 
 
 @given(EVENTS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_lookup_credits_every_pod_with_exactly_what_it_could_resume(
     shared_redis: RedisServer, events: list[tuple[str, str, bool, int]]
 ) -> None:

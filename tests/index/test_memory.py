@@ -7,7 +7,7 @@ import redis
 from index_helpers import FINGERPRINT, member, prompt, stored
 from redis_server import RedisServer
 
-from tasuki_index import Index, Registration
+from tasuki_index import Index, IndexUnavailable, Registration
 
 ROOT = f"tasuki:{{{FINGERPRINT}}}"
 LAP_TTL = 1800 * 3.0
@@ -82,7 +82,7 @@ async def test_many_pods_and_gateways_at_once_see_only_whole_answers(index: Inde
     done = asyncio.Event()
 
     async def pod(name: str) -> None:
-        held: Registration = await index.announce(member(name), 30.0)
+        held: Registration = await index.announce(member(name), 300.0)
         for _ in range(10):
             for changes in (stored(names), [c._replace(stored=False) for c in stored(names)][::-1]):
                 for start in range(0, 64, 8):
@@ -102,3 +102,21 @@ async def test_many_pods_and_gateways_at_once_see_only_whole_answers(index: Inde
     await asyncio.gather(*gateways)
     expected = {f"pod-{number}": 64 for number in range(20)}
     assert await index.lookup(FINGERPRINT, names, False) == expected
+
+
+async def test_a_full_index_still_knows_who_lives(redis_server: RedisServer) -> None:
+    index = Index(redis_server.url, timeout=5.0)
+    held = await index.announce(member("old"), 10.0)
+    with redis_server.client() as client:
+        client.config_set("maxmemory", "1")
+        with pytest.raises(redis.ResponseError, match="maxmemory"):
+            client.set("more", "data")
+    assert await index.announce(member("old"), 10.0, held) == held
+    new = await index.announce(member("new"), 10.0)
+    await index.announce(member("other", fingerprint="e" * 64), 10.0)
+    assert {one.pod for one in await index.members()} == {"old", "new", "other"}
+    await index.withdraw(member("old"))
+    assert {one.pod for one in await index.members()} == {"new", "other"}
+    with pytest.raises(IndexUnavailable, match="maxmemory"):
+        await index.publish(FINGERPRINT, new, stored(prompt("x", 5)))
+    await index.close()

@@ -65,6 +65,7 @@ async def test_a_prefix_that_ended_leaves_nothing_in_the_client(tmp_path: Path) 
             engine=EngineConfig(model=str(model), **engine),
             role="prefill",
             pod="p",
+            deployment="",
             incarnation="i",
             transfer_key=b"k" * 32,
             transfer_backends=("tcp",),

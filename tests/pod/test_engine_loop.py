@@ -62,6 +62,7 @@ def test_a_prefix_without_room_is_looked_at_20_times_a_second_at_most() -> None:
         engine=CONFIG,
         role="decode",
         pod="d",
+        deployment="",
         incarnation="i",
         transfer_key=b"k" * 32,
         transfer_backends=("tcp",),
@@ -82,7 +83,12 @@ def test_a_prefix_without_room_is_looked_at_20_times_a_second_at_most() -> None:
     for _ in range(500):
         loop._reserve_waiting()
     assert 1 <= engine.looks <= 1 + (time.monotonic() - begun) / 0.05
-    assert 0 < (loop._patience() or 0.0) <= 0.05
+    patience = 0.0
+    for _ in range(1000):  # where this process was held up since the last look, nothing is left
+        loop._reserve_waiting()
+        if patience := loop._patience() or 0.0:
+            break
+    assert 0 < patience <= 0.05
     loop._handle(DropPrefix("waits"))
     loop._reserve_waiting()
     failed = {

@@ -22,7 +22,9 @@ from tasuki_index.index import Index
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 PROMPT = [5 + i % 40 for i in range(50)]
-LONG = 400
+LONG = 1000
+ENDLESS = 1900
+"""Tokens of streams that are cut; the model has 2048 positions."""
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +38,13 @@ def pod(model: Path, tmp_path: Path) -> Iterator[PodProcess]:
         yield pod
 
 
-async def begin(pod: PodProcess, answer: Answer) -> "asyncio.Task[None]":
+async def begin(pod: PodProcess, answer: Answer, length: int = ENDLESS) -> "asyncio.Task[None]":
     """A long stream, after its first frame."""
     begun = asyncio.Event()
 
     async def read() -> None:
         async with httpx.AsyncClient(timeout=60) as client:
-            async for frame in stream(client, pod, generate_request(PROMPT, max_tokens=LONG)):
+            async for frame in stream(client, pod, generate_request(PROMPT, max_tokens=length)):
                 answer.add(frame)
                 begun.set()
 
@@ -67,10 +69,10 @@ def _lives(pid: int) -> bool:
 
 async def test_a_drain_finishes_what_runs_and_refuses_what_comes(pod: PodProcess) -> None:
     answer = Answer()
-    reading = await begin(pod, answer)
-    engine = pod.engine_pid()
-    pod.process.send_signal(signal.SIGTERM)
     async with httpx.AsyncClient(timeout=30) as client:
+        reading = await begin(pod, answer, LONG)
+        engine = pod.engine_pid()
+        pod.process.send_signal(signal.SIGTERM)
         while (await client.get(f"{pod.url}/ready")).status_code == 200:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         body = msgspec.msgpack.encode(generate_request(PROMPT))
@@ -81,7 +83,7 @@ async def test_a_drain_finishes_what_runs_and_refuses_what_comes(pod: PodProcess
     await reading
     assert len(answer.tokens[0]) == LONG
     assert answer.usage is not None
-    assert await asyncio.to_thread(pod.stop) == 0
+    assert await asyncio.to_thread(pod.process.wait, 60) == 0
     await gone(engine)
     steps = [line["event"] for line in map(msgspec.json.decode, pod.log.read_bytes().splitlines())]
     story = [event for event in steps if event.startswith("drain_")]
@@ -92,7 +94,9 @@ async def test_a_second_signal_ends_streams_so_that_another_pod_goes_on(pod: Pod
     answer = Answer()
     reading = await begin(pod, answer)
     pod.process.send_signal(signal.SIGTERM)
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        while not pod.lines("drain_2_admission_closed"):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     assert await asyncio.to_thread(pod.stop) == 0
     await reading
     assert answer.error is not None
@@ -124,14 +128,14 @@ async def test_an_engine_does_not_outlive_a_pod_that_was_killed(pod: PodProcess)
 
 
 async def test_a_draining_prefill_pod_waits_for_its_leases(model: Path, tmp_path: Path) -> None:
-    pod = PodProcess("prefill", model, tmp_path / "prefill.log", lease_seconds=3.0)
+    pod = PodProcess("prefill", model, tmp_path / "prefill.log", lease_seconds=10.0)
     with running(pod):
         async with httpx.AsyncClient(timeout=30) as client:
             await prefill(client, pod, PROMPT)
             pod.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(1.5)
             assert pod.process.poll() is None
-        assert await asyncio.to_thread(pod.process.wait, 20) == 0
+        assert await asyncio.to_thread(pod.process.wait, 60) == 0
     (waited,) = pod.lines("drain_3_waited")
     assert waited["leases"] == 0
 
@@ -162,7 +166,7 @@ async def test_a_pod_is_a_member_with_its_prefixes_until_it_leaves(
     try:
         pod = PodProcess("decode", model, tmp_path / "decode.log", redis_url=server.url)
         with running(pod):
-            index = Index(server.url)
+            index = Index(server.url, timeout=10.0)
             async with asyncio.timeout(10):
                 while not (members := await index.members()):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
@@ -191,3 +195,27 @@ def test_a_setting_that_cannot_work_is_one_line_and_status_2(model: Path, tmp_pa
         assert pod.process.wait(30) == 2
         (line,) = pod.lines("cannot_start")
         assert "block_sise" in line["reason"] or "carrier-pigeon" in line["reason"]
+
+
+async def test_a_pod_is_ready_once_the_index_knows_it_and_stays_so_without_it(
+    model: Path, tmp_path: Path
+) -> None:
+    redis = RedisServer(tmp_path, tcp=True)
+    pod = PodProcess("decode", model, tmp_path / "decode.log", redis_url=redis.url)
+    with running(pod):
+        async with httpx.AsyncClient(timeout=30) as client:
+
+            async def ready() -> bool:
+                return (await client.get(f"{pod.url}/ready")).status_code == 200
+
+            answer = await client.get(f"{pod.url}/ready")
+            assert (answer.status_code, answer.text) == (503, "not in the index")
+            redis.start()
+            try:
+                async with asyncio.timeout(20):
+                    while not await ready():  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+            finally:
+                redis.stop()
+            await asyncio.sleep(2)
+            assert await ready()

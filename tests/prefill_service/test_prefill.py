@@ -89,9 +89,10 @@ async def test_card_and_member_say_what_a_gateway_needs(
 ) -> None:
     response = await client.get(f"{pod.url}/card")
     card = msgspec.msgpack.decode(response.content, type=ModelCard)
-    assert (card.model, card.aliases) == ("tiny", ("small", "smaller"))
+    assert card.model == "tiny"
     assert Tokenizer.from_files(card.files).encode("a page")
     member = pod.member()
+    assert (member.model, member.aliases) == ("tiny", ("small", "smaller"))
     assert member.role == "prefill"
     assert member.block_size == BLOCK
     assert not member.draining

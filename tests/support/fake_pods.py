@@ -36,6 +36,7 @@ from starlette.types import Receive, Scope, Send
 
 from tasuki_common import frames
 from tasuki_common.messages import (
+    UNAVAILABLE,
     GenerateRequest,
     Load,
     Member,
@@ -44,6 +45,7 @@ from tasuki_common.messages import (
     Ticket,
     Usage,
 )
+from tasuki_common.policy import Policy
 from tasuki_common.text_stream import TextStream
 from tasuki_common.tokenizer import Tokenizer
 from tasuki_index import Index, Publisher
@@ -58,13 +60,13 @@ _TEMPLATE = (
 _json = msgspec.json.Encoder().encode
 
 
-def tokenizer_json() -> bytes:
+def tokenizer_json(vocab_size: int = 600) -> bytes:
     """A small byte-level BPE, the same in every process."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=vocab_size,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=["<|im_start|>", "<|im_end|>"],
         show_progress=False,
@@ -120,6 +122,7 @@ class FakePod:
         self.incarnation = secrets.token_hex(4)
         self.draining = False
         self.running = 0
+        self.policy = msgspec.json.decode(options.policy, type=Policy)
         self.seen: list[dict[str, Any]] = []
         """What each request brought, for tests to look at."""
 
@@ -129,18 +132,18 @@ class FakePod:
             pod=options.name,
             incarnation=self.incarnation,
             role=options.role,
-            model=MODEL,
-            aliases=("fake-alias",),
+            model=options.model,
+            aliases=(f"{options.model}-alias",),
             fingerprint=options.fingerprint,
             url=self.url,
             transfer=("tcp",),
-            max_model_len=CONTEXT,
+            max_model_len=options.context,
             block_size=16,
             hash_algorithm="xxh3",
-            hash_revision="r",
+            hash_revision=options.revision,
             needs_checkpoint=True,
             draining=self.draining,
-            prefill_threshold=options.prefill_threshold,
+            policy=self.policy,
             load=Load(running=self.running, blocks_free=10**6, blocks_total=10**6),
         )
 
@@ -154,11 +157,9 @@ class FakePod:
             return Response(
                 msgspec.msgpack.encode(
                     ModelCard(
-                        model=MODEL,
-                        aliases=("fake-alias",),
+                        model=self.options.model,
                         fingerprint=self.options.fingerprint,
                         root="file:///fake",
-                        max_model_len=CONTEXT,
                         vocab_size=self.tokenizer.vocab_size,
                         created=1,
                         files=self.files,
@@ -168,6 +169,10 @@ class FakePod:
 
         async def set_fault(request: Request) -> Response:
             self.fault = Fault(**await request.json())
+            return JSONResponse({})
+
+        async def set_policy(request: Request) -> Response:
+            self.policy = msgspec.json.decode(await request.body(), type=Policy)
             return JSONResponse({})
 
         async def seen(request: Request) -> Response:
@@ -185,6 +190,7 @@ class FakePod:
             Route("/member", member),
             Route("/card", card),
             Route("/fault", set_fault, methods=["POST"]),
+            Route("/policy", set_policy, methods=["POST"]),
             Route("/seen", seen),
             *(Route(path, _fine) for path in _POLLED),
         ]
@@ -231,11 +237,14 @@ class FakePod:
                 }
             )
         await asyncio.sleep(fault.hang)
-        if asked.fingerprint not in ("", self.options.fingerprint):
+        stranger = asked.fingerprint not in ("", self.options.fingerprint)
+        if stranger:
             fault = Fault(status=503)
         if fault.status:
             headers = {"retry-after": "1"}
             error = {"error": {"message": "as told", "type": "invalid_request_error", "param": "x"}}
+            if stranger:
+                error["error"]["code"] = UNAVAILABLE
             await JSONResponse(error, fault.status, headers)(scope, receive, send)
             return
         self.running += 1
@@ -494,7 +503,7 @@ class GatewayProcess:
         with log.open("ab") as stream:
             self.process = subprocess.Popen(command, stderr=stream)
 
-    def wait_ready(self, seconds: float = 20.0) -> None:
+    def wait_ready(self, seconds: float = 60.0) -> None:
         """Until /ready says so."""
         deadline = time.monotonic() + seconds
         while True:
@@ -520,11 +529,14 @@ def main() -> None:
     parser.add_argument("--role", choices=("prefill", "decode"), required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--model", default=MODEL, help="Served name.")
+    parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--fingerprint", default="f1")
+    parser.add_argument("--revision", default="r", help="Pods of one compute the same tokens.")
     parser.add_argument("--redis-url", default="")
     parser.add_argument("--tokenizer", default="", help="A tokenizer.json of another size.")
     parser.add_argument("--pause", type=float, default=0.0, help="Seconds between tokens.")
-    parser.add_argument("--prefill-threshold", type=int)
+    parser.add_argument("--policy", default="{}", help="As the pods' policy file.")
     parser.add_argument("--no-record", dest="record", action="store_false")
     asyncio.run(serve(parser.parse_args()))
 

@@ -13,7 +13,7 @@ FINGERPRINT = "f" * 64
 Condition = Callable[[], Awaitable[bool]]
 
 
-async def eventually(condition: Condition, seconds: float = 10.0) -> None:
+async def eventually(condition: Condition, seconds: float = 30.0) -> None:
     """Returns once `condition` holds; fails if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import plain_http
 
 from tasuki_common.frames import Decoder, Frame, Kind
 from tasuki_common.messages import (
@@ -104,24 +105,18 @@ class PodProcess:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
-        total = 0.0
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
-            if line.startswith((f"{name}{{", f"{name} ")) and all(
-                f'{key}="{value}"' in line for key, value in labels.items()
-            ):
-                total += float(line.rsplit(" ", 1)[1])
-        return total
+        return plain_http.metric(self.url, name, labels)
 
     def member(self) -> Member:
         """The pod as it announces itself."""
-        return msgspec.msgpack.decode(httpx.get(f"{self.url}/member").content, type=Member)
+        return msgspec.msgpack.decode(plain_http.get(f"{self.url}/member").content, type=Member)
 
     def kill(self) -> None:
         """SIGKILL; its engine process must follow by itself."""
         self.process.kill()
         self.process.wait()
 
-    def stop(self, seconds: float = 20.0) -> int:
+    def stop(self, seconds: float = 60.0) -> int:
         """SIGTERM; the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -145,6 +140,13 @@ def running(*pods: PodProcess) -> Iterator[tuple[PodProcess, ...]]:
         for pod in pods:
             with contextlib.suppress(AssertionError):
                 pod.stop()
+
+
+async def leave(pod: PodProcess) -> None:
+    """SIGTERM; the pod must be gone by itself, with status 0 and its books in balance."""
+    assert await asyncio.to_thread(pod.stop, 30) == 0, pod.log.read_text()[-3000:]
+    assert pod.lines("drain_6_gone")
+    assert not pod.lines("engine_failed")
 
 
 @dataclasses.dataclass

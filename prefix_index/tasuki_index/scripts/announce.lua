@@ -15,6 +15,10 @@ local function fresh_mark()
   return string.char(math.floor(number / 256), number % 256)
 end
 
+-- Redis refuses writes that take memory where it is full, unless a script has written already. Who
+-- lives must be known even then; what pods hold need not.
+call('EXPIRE', KEY_MEMBERS, 2 * BUCKET_SECONDS)
+
 for _, name in ipairs(call('ZRANGEBYSCORE', KEY_ALIVE, '-inf', now - GRACE_MS)) do retire(name) end
 
 local mark = call('HGET', KEY_MARKS, pod)
