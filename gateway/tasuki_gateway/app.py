@@ -93,6 +93,7 @@ class Gateway:
             api("/v1/models/{model:path}", "GET", service.one_model),
             plain("/health", self._alive),
             plain("/ping", self._alive),
+            plain("/started", self._started),
             plain("/ready", self._ready),
             plain("/version", self._version),
             plain("/metrics", self._metrics),
@@ -114,6 +115,13 @@ class Gateway:
 
     async def _alive(self, request: Request) -> Response:
         return Response(b"{}", media_type="application/json")
+
+    async def _started(self, request: Request) -> Response:
+        """200 once it knows the pods of the index: one that does not must replace none that does,
+        for it would say 404 to what others answer."""
+        started = self.fleet.informed
+        body = msgspec.json.encode({"started": started})
+        return Response(body, 200 if started else 503, media_type="application/json")
 
     async def _ready(self, request: Request) -> Response:
         """200 once at least one model has a ready decode pod, and until the drain."""

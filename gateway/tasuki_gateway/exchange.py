@@ -54,6 +54,12 @@ class Exchange:
         self._receive = receive
         self._send = send
 
+    @property
+    def key(self) -> bytes:
+        """The API key that the client shows; empty without one."""
+        scheme, _, key = self.headers.get(b"authorization", b"").partition(b" ")
+        return key.strip() if scheme.lower() == b"bearer" else b""
+
     async def body(self, limit: int) -> bytes:
         """The request's whole body.
 

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from tasuki_common import logs
+from tasuki_common import logs, policy
 from tasuki_common.errors import ConfigError
 from tasuki_common.messages import Member
+from tasuki_common.policy import Policy
 from tasuki_gateway import metrics, models, routing
 from tasuki_gateway.http_client import HttpClient, SilentError, UpstreamError
 from tasuki_gateway.models import ModelText
@@ -27,6 +28,8 @@ log = logs.get("tasuki.gateway")
 REFRESH_SECONDS = 1.0
 SUSPECT_SECONDS = 0.2
 """Between refreshes while a pod is suspect: its return is awaited."""
+LEAST_SECONDS = 0.1
+"""Between refreshes, whoever asks for one."""
 SILENCE_SECONDS = 6.0
 """A pod on a busy machine may miss a question; this is no longer busy."""
 FORGET_SECONDS = 600.0
@@ -99,14 +102,32 @@ class Burden:
             self._pod._requests -= 1
 
 
+class Served(NamedTuple):
+    """What is known of a name, whether a pod is ready for it now or not."""
+
+    model: str
+    """The served name; the name itself may be an alias of it."""
+    text: ModelText
+    """Of the fingerprint, which other served names may have as well."""
+    policy: Policy
+    max_model_len: int
+    """Tokens of prompt and output that all of the pods take."""
+
+
 class Group:
     """The pods that serve one name: of one fingerprint, ready, not draining."""
 
     def __init__(self, text: ModelText, pods: Iterable[Pod]) -> None:
-        self.text = text
         pods = list(pods)
         self.decode = [pod for pod in pods if pod.member.role == "decode"]
         self.prefill = [pod for pod in pods if pod.member.role == "prefill"]
+        members = [pod.member for pod in pods]
+        self.served = Served(
+            model=members[0].model,
+            text=text,
+            policy=policy.together([member.policy for member in members]),
+            max_model_len=min(member.max_model_len for member in members),
+        )
 
     @property
     def member(self) -> Member:
@@ -122,8 +143,12 @@ class Fleet:
     ) -> None:
         self.groups: dict[str, Group] = {}
         """Where new requests go, by served name and alias; only names with a ready decode pod."""
-        self.names: dict[str, ModelText] = {}
+        self.names: dict[str, Served] = {}
         """All names served of late, ready now or not."""
+        self.informed = index is None
+        """Whether the index, where there is one, has told once who is there."""
+        self._told = index is None
+        """Whether it told at the last refresh."""
         self._client = client
         self._index = index
         self._seeds = tuple(seed.rstrip("/") for seed in seeds)
@@ -137,19 +162,25 @@ class Fleet:
         self._served_at: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
+        self._looked = asyncio.Event()
+        """Set at the end of the next refresh that begins."""
 
     async def run(self) -> None:
         """Refreshes for ever."""
         while True:
+            begun = time.monotonic()
+            looked, self._looked = self._looked, asyncio.Event()
             try:
                 await self.refresh()
             except Exception:
                 log.exception("refresh_failed")
+            looked.set()
             suspects = any(pod.suspect for pod in self._pods.values())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SUSPECT_SECONDS if suspects else REFRESH_SECONDS):
                     await self._wake.wait()
             self._wake.clear()
+            await asyncio.sleep(begun + LEAST_SECONDS - time.monotonic())
 
     async def refresh(self) -> None:
         """One look at the index and, where it does not suffice, at the pods."""
@@ -189,21 +220,35 @@ class Fleet:
             for pod in self._pods.values()
         )
 
+    def served(self, name: str, *, within: float) -> bool:
+        """Whether a decode pod was ready for the name in the last `within` seconds."""
+        return name in self._served_at and time.monotonic() - self._served_at[name] < within
+
+    async def look(self, seconds: float) -> None:
+        """Until a refresh that begins from now on has heard of the index, or `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    self._wake.set()
+                    await self._looked.wait()
+                    if self._told:
+                        return
+                    await asyncio.sleep(SUSPECT_SECONDS)
+
     async def changed(self, seconds: float) -> None:
         """Until the groups change, or `seconds`."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
-        except TimeoutError:
-            return
+        await _within(seconds, self._changed)
 
     async def _listed(self) -> list[Member]:
         if self._index is None:
             return []
         try:
-            return await self._index.members()
+            members = await self._index.members()
         except IndexUnavailable:
+            self._told = False
             return []
+        self.informed = self._told = True
+        return members
 
     async def _ask(self, url: str) -> Member | Literal["silent", "refused"]:
         """What the pod at `url` says of itself."""
@@ -274,7 +319,9 @@ class Fleet:
         usable = [
             pod
             for pod in self._pods.values()
-            if not pod.suspect and not pod.member.draining and pod.member.fingerprint in self._texts
+            if not (pod.suspect or pod.member.draining)
+            and pod.member.policy.exposed
+            and pod.member.fingerprint in self._texts
         ]
         pods: dict[tuple[str, str], list[Pod]] = {}
         for pod in usable:
@@ -288,7 +335,7 @@ class Fleet:
             chosen = routing.pick_fingerprint(sizes, self._serving.get(name))
             self._serving[name] = chosen
             groups[name] = self._all_groups[name, chosen]
-            self.names[name] = groups[name].text
+            self.names[name] = groups[name].served
         self.groups = groups
         self._forget_names()
         _count(groups)
@@ -296,12 +343,20 @@ class Fleet:
         changed.set()
 
     def _forget_names(self) -> None:
-        """Of models that have gone for good; their tokenizers are large."""
+        """Of models that have gone for good (their tokenizers are large), or are not exposed."""
         now = time.monotonic()
+        pods = self._pods.values()
+        hidden = {name for pod in pods if not pod.member.policy.exposed for name in pod.names}
         self._served_at |= dict.fromkeys(self.groups, now)
         for name, at in list(self._served_at.items()):
-            if now - at > FORGET_SECONDS:
+            if now - at > FORGET_SECONDS or name in hidden - self.groups.keys():
                 del self._served_at[name], self._serving[name], self.names[name]
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def _count(groups: dict[str, Group]) -> None:

@@ -21,6 +21,7 @@ import uvicorn
 
 from tasuki_common import logs, settings, tracing
 from tasuki_common.errors import ConfigError
+from tasuki_common.listening import listen
 from tasuki_gateway.app import Gateway
 from tasuki_gateway.config import GatewayConfig
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         logs.setup("gateway", config.log_level)
         tracing.setup("gateway", socket.gethostname())
         gateway = Gateway(config)
+        listener = listen(config.host, config.port, _BACKLOG)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -72,8 +74,6 @@ def main(argv: Sequence[str]) -> int:
     server = _Server(
         uvicorn.Config(
             gateway.app,
-            host=config.host,
-            port=config.port,
             loop="uvloop",
             http="httptools",
             lifespan="on",
@@ -87,5 +87,5 @@ def main(argv: Sequence[str]) -> int:
         gateway,
         config.drain_timeout,
     )
-    server.run()
+    server.run(sockets=[listener])
     return 0

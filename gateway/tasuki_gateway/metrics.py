@@ -46,11 +46,11 @@ completion_tokens = Counter(
 routed = Counter(
     "tasuki_gateway_routed_total",
     "Prompts by route: prefill (handed over), local (the decode pod prefills).",
-    ["kind"],
+    ["route"],
     registry=registry,
 )
 hit_depth_tokens = Histogram(
-    "tasuki_gateway_hit_depth_tokens",
+    "tasuki_gateway_prefix_hit_depth_tokens",
     "Prompt tokens that the chosen decode pod held already, by the index.",
     buckets=_TOKENS,
     registry=registry,
@@ -67,8 +67,10 @@ failovers = Counter(
     ["reason"],
     registry=registry,
 )
-index_errors = Counter(
-    "tasuki_gateway_index_errors_total",
+for _reason in ("connect", "cut", "silent", "refused", "retry"):
+    failovers.labels(_reason)  # Prometheus sees no increase in what begins above zero
+index_failures = Counter(
+    "tasuki_gateway_index_failures_total",
     "Look-ups that the index did not answer.",
     registry=registry,
 )

@@ -88,6 +88,19 @@ async def _token_ids(prompt: Any, text: ModelText, *, add_special_tokens: bool) 
     return ids
 
 
+def check_length(prompts: list[list[int]], most: int | None, param: str) -> None:
+    """Holds prompts against the `most` tokens that the model's policy allows (None: any).
+
+    Raises:
+        RequestError: one is longer.
+    """
+    longest = max(map(len, prompts))
+    if most is not None and longest > most:
+        raise RequestError(
+            f"The prompt has {longest} tokens; this model takes {most} at most.", param=param
+        )
+
+
 def check_context(prompts: list[list[int]], max_tokens: int | None, limit: int, param: str) -> None:
     """Holds prompts and the tokens asked for against the context of `limit` tokens.
 

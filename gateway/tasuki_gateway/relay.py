@@ -6,7 +6,8 @@
 
 Prefill is an optimisation: without a ticket the decode pod computes the prompt itself. A lost
 decode pod is replaced, itself restarted included; the next one goes on from the journal, and the
-client sees neither a gap nor a token twice.
+client sees neither a gap nor a token twice. When the pods' settings are changed under it, a request
+goes on with pods of the new settings; pods of another model it only begins on, tokenized anew.
 """
 
 import asyncio
@@ -18,15 +19,9 @@ import msgspec
 
 from tasuki_common import frames, hashing, logs, tracing
 from tasuki_common.errors import DeadlineError, OverloadedError
-from tasuki_common.messages import (
-    ErrorBody,
-    ErrorResponse,
-    GenerateRequest,
-    PrefillRequest,
-    Ticket,
-    Usage,
-)
-from tasuki_gateway import failures, metrics, routing
+from tasuki_common.messages import GenerateRequest, PrefillRequest, Ticket, Usage
+from tasuki_gateway import answers, metrics, routing
+from tasuki_gateway.answers import PodLost
 from tasuki_gateway.config import GatewayConfig
 from tasuki_gateway.fleet import Burden, Fleet, Group, Pod
 from tasuki_gateway.http_client import (
@@ -47,14 +42,9 @@ Sink = Callable[[bytes], Awaitable[None]]
 _BACKOFF = (0.0, 0.1, 0.5, 2.0)
 _BUSY_SECONDS = 0.5
 _GOODBYE_SECONDS = 2.0
-_BUSY = (429, 503)
-_DEADLINE = 504
 _PREFILL_TRIES = 2
-_STATUS_BY_TYPE = {failures.INVALID: 400, "timeout_error": 504, "overloaded_error": 503}
 _encode = msgspec.msgpack.Encoder().encode
 _ticket_decoder = msgspec.msgpack.Decoder(Ticket)
-_usage_decoder = msgspec.json.Decoder(Usage)
-_error_decoder = msgspec.json.Decoder(ErrorResponse)
 _REASONS: dict[type[UpstreamError], str] = {
     ConnectError: "connect",
     BrokenError: "cut",
@@ -62,16 +52,16 @@ _REASONS: dict[type[UpstreamError], str] = {
 }
 
 
-class PodLost(Exception):  # noqa: N818 - an event of the relay, not an error of the request
-    """The decode pod did not bring its stream to an end."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 class AllBusyError(OverloadedError):
     """Every decode pod is at its limits."""
+
+
+class ReplacedError(OverloadedError):
+    """The model that the request was tokenized for has gone, and another one has its name."""
+
+
+class PodsLeftError(Exception):
+    """Pods that were thought ready take no requests any more; others are to be looked for."""
 
 
 class Legs:
@@ -94,7 +84,7 @@ class Legs:
         depths: dict[str, int] = {}
         if prefill or len(group.decode) > 1:
             depths = await self._depths(group, tokens, salt)
-        threshold = group.member.prefill_threshold
+        threshold = group.served.policy.prefill_threshold
         choice = routing.choose(
             group.decode,
             prefill,
@@ -119,7 +109,7 @@ class Legs:
         try:
             blocks = await self.index.lookup(member.fingerprint, hashes, member.needs_checkpoint)
         except IndexUnavailable:
-            metrics.index_errors.inc()
+            metrics.index_failures.inc()
             return {}
         return {pod: depth * size for pod, depth in blocks.items()}
 
@@ -158,16 +148,21 @@ class Relay:
         self._sink = sink
         self._deadline = deadline
         self._journal = Journal(request.sampling.n)
+        self._numbers = ""
+        """`hash_revision` of the pods it was for last: those of another compute other tokens."""
         self._tries = 0
         self._reads = 0
         self._first_read = self._last_read = 0.0
         self.failovers = 0
+        self.pods: list[tuple[str | None, str]] = []
+        """Of each attempt: the prefill pod that gave a ticket, the decode pod that took it."""
 
     async def run(self) -> Usage:
         """Relays until the stream is complete.
 
         Raises:
             OverloadedError: no decode pod took it.
+            ReplacedError: its model was; where nothing was sent it can begin anew.
             DeadlineError: its time was up.
             PodError: a pod refused or failed the request itself.
         """
@@ -181,6 +176,8 @@ class Relay:
                     usage = self._own_usage()
                     break
                 await asyncio.sleep(_BACKOFF[min(self.failovers, len(_BACKOFF)) - 1])
+            except PodsLeftError:
+                continue
             except AllBusyError:
                 patient = time.monotonic() < self._last_read + self._legs.config.patience
                 if not (self._journal.begun and patient):
@@ -213,8 +210,8 @@ class Relay:
 
     async def _attempt(self) -> Usage:
         """One route from prefill to the last token; the pods' refusals lead to the next best."""
-        legs, request = self._legs, self._request
         group = await self._group()
+        legs, request = self._legs, self._request
         tokens = request.prompt_token_ids + self._journal.only
         choice = await legs.choose(
             group,
@@ -237,6 +234,7 @@ class Relay:
                 )
                 pod, response = await self._admit(choice.decode, request)
                 leg.note(pod=pod.member.pod)
+                self.pods.append((prefilled.giver if prefilled else None, pod.member.pod))
                 burden = pod.carry(0 if prefilled else len(tokens) - choice.depth)
                 try:
                     return await self._stream(response, burden, prefilled)
@@ -256,19 +254,29 @@ class Relay:
         return PodLost(reason, f"{pod.member.pod}: {error}")
 
     async def _group(self) -> Group:
-        """The pods that serve the model; waits for one that was lost a moment ago to return."""
-        fleet, name, fingerprint = self._legs.fleet, self._model, self._request.fingerprint
-        until = min(time.monotonic() + self._legs.config.patience, self._deadline)
-        while (group := fleet.group(name, fingerprint)) is None:
+        """The pods that serve the model; where the last was lost a moment ago, waits for one.
+
+        Raises:
+            ReplacedError: only pods that compute other tokens are ready.
+            OverloadedError: none is.
+        """
+        fleet, name, patience = self._legs.fleet, self._model, self._legs.config.patience
+        until = min(time.monotonic() + patience, self._deadline)
+        while (group := fleet.group(name, self._request.fingerprint)) is None:
             left = until - time.monotonic()
-            if not fleet.awaits(name, fingerprint):
-                if name in fleet.groups:
-                    raise OverloadedError(f"{name} was replaced by another version; send it again.")
-                if not self.failovers:
-                    left = 0.0
-            if left <= 0:
+            if (successor := fleet.groups.get(name)) is not None:
+                if successor.member.hash_revision == self._numbers:
+                    group = successor
+                    break
+                awaited = self._journal.begun and fleet.awaits(name, self._request.fingerprint)
+                if left <= 0 or not awaited:
+                    raise ReplacedError(f"{name} was replaced by another version; send it again.")
+            elif left <= 0 or not fleet.served(name, within=patience):
                 raise OverloadedError(f"No decode pod of {name} is ready.", retry_after=5.0)
             await fleet.changed(left)
+        self._numbers = group.member.hash_revision
+        fingerprint = group.member.fingerprint
+        self._request = msgspec.structs.replace(self._request, fingerprint=fingerprint)
         return group
 
     def _remaining(self) -> float:
@@ -299,7 +307,9 @@ class Relay:
                 if status == 200:
                     prefilled.ticket = _ticket_decoder.decode(answer)
                     return prefilled
-                reason = "busy" if status in _BUSY else "refused"
+                reason = "busy" if status in answers.BUSY else "refused"
+                if answers.unavailable(answer):
+                    legs.fleet.suspect(pod)
             except UpstreamError as error:
                 reason = _REASONS[type(error)]
                 if not isinstance(error, SilentError):
@@ -320,8 +330,10 @@ class Relay:
             PodLost: a pod could not be reached, or failed; it is out of routing for now.
             PodError: a pod says that the request cannot be served.
             AllBusyError: none has room.
+            PodsLeftError: some are no longer among those to ask.
         """
         body = _encode(request)
+        left = False
         for pod in pods:
             url = pod.member.url + "/generate"
             try:
@@ -334,11 +346,15 @@ class Relay:
                     answer = await response.body()
                 finally:
                     response.close()
-                if response.status in _BUSY:
-                    continue
-                raise _pod_error(response.status, answer)
+                if response.status not in answers.BUSY:
+                    raise answers.refusal(response.status, answer)
+                if answers.unavailable(answer):
+                    self._legs.fleet.suspect(pod)
+                    left = True
             except (UpstreamError, PodLost) as error:
                 raise self._lost(pod, error) from error
+        if left:
+            raise PodsLeftError
         raise AllBusyError(f"All decode pods of {self._model} are busy.")
 
     async def _stream(
@@ -372,7 +388,7 @@ class Relay:
             if broken is not None:  # what is journaled has been sent
                 raise broken
             if end is not None:
-                return await _ended(end, response)
+                return await answers.ended(end, response)
         raise BrokenError("its stream ended before it was complete.")
 
 
@@ -383,6 +399,7 @@ class _Prefilled:
         self.ticket: Ticket | None = None
         self._legs, self._pod, self._name = legs, pod, name
         self._burden = pod.carry(missing)
+        self.giver = pod.member.pod
         self._wanted = True
 
     def taken(self) -> None:
@@ -396,31 +413,3 @@ class _Prefilled:
         if self._wanted:
             self._wanted = False
             self._legs.release(self._pod, self._name)
-
-
-async def _ended(frame: frames.Frame, response: Response) -> Usage:
-    """What the last frame of a stream says."""
-    if frame.kind is frames.Kind.DONE:
-        response.allow(_GOODBYE_SECONDS)
-        with contextlib.suppress(UpstreamError):  # all is here; a whole end lets us keep the line
-            await response.read()
-    try:
-        if frame.kind is frames.Kind.DONE:
-            return _usage_decoder.decode(frame.payload)
-        error = _error_decoder.decode(frame.payload).error
-    except msgspec.MsgspecError as unreadable:
-        raise BrokenError(f"its last frame is unreadable ({unreadable}).") from unreadable
-    if frame.kind is frames.Kind.RETRY:
-        raise PodLost("retry", error.message)
-    raise failures.PodError(_STATUS_BY_TYPE.get(error.type, 500), error)
-
-
-def _pod_error(status: int, answer: bytes) -> PodLost | failures.PodError:
-    """Of an answer other than 200 and busy."""
-    try:
-        body = _error_decoder.decode(answer).error
-    except msgspec.MsgspecError:
-        body = ErrorBody(message=f"it answered {status}", type="server_error")
-    if status >= 500 and status != _DEADLINE:
-        return PodLost("refused", body.message)
-    return failures.PodError(status, body)

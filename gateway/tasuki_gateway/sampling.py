@@ -22,16 +22,23 @@ _COPIED = (
     "skip_special_tokens",
 )
 _BIAS_LIMIT = 100.0
+_COMPLETION_TOKENS = 16
+"""OpenAI's default of /v1/completions."""
 _ID = re.compile(r"[0-9]{1,10}")
 
 
 def sampling_params(
-    body: bodies.Completion | bodies.Chat, *, defaults: dict[str, Any], vocab_size: int
+    body: bodies.Completion | bodies.Chat,
+    *,
+    defaults: dict[str, Any],
+    vocab_size: int,
+    most: int | None = None,
 ) -> SamplingParams:
     """The sampling parameters of a request; a seed is drawn where it has none.
 
-    `defaults` are the model's own (generation_config.json). Another pod can continue the request
-    only with the same draws, hence the seed.
+    `defaults` are the model's own (generation_config.json); `most` tokens may a choice have (None:
+    as many as the context holds). Another pod can continue the request only with the same draws,
+    hence the seed.
 
     Raises:
         RequestError: a value is out of its range.
@@ -51,7 +58,7 @@ def sampling_params(
     if body.logit_bias:
         values["logit_bias"] = _logit_bias(body.logit_bias, vocab_size)
     check_ids("stop_token_ids", body.stop_token_ids or [], vocab_size)
-    values["max_tokens"] = _max_tokens(body)
+    values["max_tokens"] = _max_tokens(body, most)
     return SamplingParams(**values)
 
 
@@ -70,20 +77,21 @@ def _logprobs(body: bodies.Completion | bodies.Chat) -> int | None:
     return top
 
 
-def _max_tokens(body: bodies.Completion | bodies.Chat) -> int | None:
-    """The limit asked for; None: to the end of the context."""
-    if isinstance(body, bodies.Chat):
-        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        limit = body.max_tokens
-        if body.max_completion_tokens is not None:
-            limit = body.max_completion_tokens
-        least = 1
-    else:
-        name, least = "max_tokens", 0 if body.echo else 1
-        limit = 16 if body.max_tokens is None else body.max_tokens
-    if limit is not None and limit < least:
-        raise RequestError(f"{name} is {limit}; it must be {least} or more.", param=name)
-    return limit
+def _max_tokens(body: bodies.Completion | bodies.Chat, most: int | None) -> int | None:
+    """The limit asked for, else `most` at most; None: to the end of the context."""
+    name, asked, default, least = "max_tokens", body.max_tokens, most, 1
+    if isinstance(body, bodies.Completion):
+        default = _COMPLETION_TOKENS if most is None else min(_COMPLETION_TOKENS, most)
+        least = 0 if body.echo else 1
+    elif body.max_completion_tokens is not None:
+        name, asked = "max_completion_tokens", body.max_completion_tokens
+    if asked is None:
+        return default
+    if asked < least:
+        raise RequestError(f"{name} is {asked}; it must be {least} or more.", param=name)
+    if most is not None and asked > most:
+        raise RequestError(f"{name} is {asked}; this model gives {most} at most.", param=name)
+    return asked
 
 
 def _logit_bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:

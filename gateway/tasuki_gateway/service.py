@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hmac
 import secrets
 import time
 import uuid
@@ -14,17 +13,20 @@ from tasuki_common import logs, tracing
 from tasuki_common.errors import DeadlineError, NotFoundError, OverloadedError, RequestError
 from tasuki_common.messages import Endpoint, GenerateRequest, Usage
 from tasuki_gateway import bodies, chunks, metrics, prompts, sampling
+from tasuki_gateway.access import Access
 from tasuki_gateway.config import GatewayConfig
 from tasuki_gateway.exchange import ClientGone, Exchange, end_now
-from tasuki_gateway.failures import AuthenticationError, TooManyRequestsError, failure
-from tasuki_gateway.fleet import Fleet
+from tasuki_gateway.failures import TooManyRequestsError, failure
+from tasuki_gateway.fleet import Fleet, Served
 from tasuki_gateway.models import ModelText
-from tasuki_gateway.relay import Legs, Relay, Sink
+from tasuki_gateway.relay import Legs, Relay, ReplacedError, Sink
 
 log = logs.get("tasuki.gateway")
 
 _CLIENT_LEFT = 499
 _LAST_WORDS_SECONDS = 2.0
+_LOOK_SECONDS = 3.0
+"""A model may be served since a moment ago; a refresh takes longer only while pods are silent."""
 _PARALLEL_PROMPTS = 64
 """Prompts of one request that are relayed at a time."""
 _ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl-", "completion": "cmpl-"}
@@ -37,6 +39,7 @@ class Record:
         self.model = ""
         self.usage: Usage | None = None
         self.failovers = 0
+        self.pods: list[tuple[str | None, str]] = []
 
 
 Handler = Callable[[Exchange, Record], Awaitable[None]]
@@ -49,6 +52,7 @@ class Service:
         self.config = config
         self.fleet = fleet
         self._legs = legs
+        self._access = Access(config.api_key, fleet)
         self._active: set[asyncio.Timeout] = set()
         self._ending = False
 
@@ -81,7 +85,7 @@ class Service:
                 self._account(name, exchange, record, leg)
 
     async def _within_limits(self, handler: Handler, exchange: Exchange, record: Record) -> None:
-        self._authenticate(exchange)
+        await self._access.enter(exchange.key)
         if len(self._active) >= self.config.max_requests:
             raise TooManyRequestsError(
                 f"The gateway serves {self.config.max_requests} requests at a time; try again."
@@ -103,15 +107,6 @@ class Service:
                 raise DeadlineError(f"The request took more than {seconds:g} s.") from None
         finally:
             self._active.discard(scope)
-
-    def _authenticate(self, exchange: Exchange) -> None:
-        if self.config.api_key is None:
-            return
-        scheme, _, key = exchange.headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(
-            key.strip(), self.config.api_key.encode()
-        ):
-            raise AuthenticationError("No valid API key: send it as Authorization: Bearer KEY.")
 
     def _account(self, name: str, exchange: Exchange, record: Record, leg: tracing.Span) -> None:
         seconds = time.monotonic() - exchange.began
@@ -135,40 +130,47 @@ class Service:
             seconds=round(seconds, 4),
             usage=usage,
             failovers=record.failovers,
+            pods=record.pods,
         )
 
-    def model(self, name: str | None) -> tuple[str, ModelText]:
-        """The served name and text of the model a client asks for.
+    async def model(self, exchange: Exchange, name: str | None) -> tuple[str, Served]:
+        """The served name a client asks for, and what is known of it; now, if it was not yet.
 
         Raises:
             RequestError: none was named, and there is not just one.
             NotFoundError: nobody serves it.
+            AuthenticationError: the client's key does not open it.
         """
         if name is None:
-            cards = {text.card.model for text in self.fleet.names.values()}
-            if len(cards) != 1:
+            models = {served.model for served in self.fleet.names.values()}
+            if len(models) != 1:
                 raise RequestError("model is required.", param="model")
-            name = cards.pop()
-        text = self.fleet.names.get(name)
-        if text is None:
+            name = models.pop()
+        if name not in self.fleet.names:
+            await self.fleet.look(_LOOK_SECONDS)
+        served = self.fleet.names.get(name)
+        if served is None:
             raise NotFoundError(f"The model {name!r} is not served here; /v1/models lists what is.")
-        return name, text
+        self._access.check(exchange.key, served)
+        return name, served
 
     async def completions(self, exchange: Exchange, record: Record) -> None:
         """POST /v1/completions."""
         body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Completion)
-        name, text = self.model(body.model)
-        record.model = text.card.model
-        ids = await prompts.completion_prompts(body, text, self.config)
-        await self._generate(exchange, record, "completion", body, name, text, ids)
+
+        async def tokenize(text: ModelText) -> list[list[int]]:
+            return await prompts.completion_prompts(body, text, self.config)
+
+        await self._generate(exchange, record, "completion", body, tokenize)
 
     async def chat(self, exchange: Exchange, record: Record) -> None:
         """POST /v1/chat/completions."""
         body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Chat)
-        name, text = self.model(body.model)
-        record.model = text.card.model
-        ids = [await prompts.chat_prompt(body, text, self.config)]
-        await self._generate(exchange, record, "chat", body, name, text, ids)
+
+        async def tokenize(text: ModelText) -> list[list[int]]:
+            return [await prompts.chat_prompt(body, text, self.config)]
+
+        await self._generate(exchange, record, "chat", body, tokenize)
 
     async def _generate(
         self,
@@ -176,16 +178,42 @@ class Service:
         record: Record,
         endpoint: Endpoint,
         body: bodies.Completion | bodies.Chat,
+        tokenize: Callable[[ModelText], Awaitable[list[list[int]]]],
+    ) -> None:
+        """Answers; anew when another model gets the name before anything of the answer was sent."""
+        while True:
+            name, served = await self.model(exchange, body.model)
+            record.model = served.model
+            try:
+                with self._access.room(served):
+                    ids = await tokenize(served.text)
+                    await self._answer(exchange, record, endpoint, body, name, served, ids)
+                return
+            except ReplacedError:
+                if exchange.status:
+                    raise
+                log.info("replaced", request_id=exchange.request_id, model=name)
+
+    async def _answer(
+        self,
+        exchange: Exchange,
+        record: Record,
+        endpoint: Endpoint,
+        body: bodies.Completion | bodies.Chat,
         name: str,
-        text: ModelText,
+        served: Served,
         ids: list[list[int]],
     ) -> None:
-        card = text.card
+        card, policy = served.text.card, served.policy
         params = sampling.sampling_params(
-            body, defaults=text.tokenizer.default_sampling, vocab_size=card.vocab_size
+            body,
+            defaults=served.text.tokenizer.default_sampling,
+            vocab_size=card.vocab_size,
+            most=policy.max_output_tokens,
         )
         param = "messages" if endpoint == "chat" else "prompt"
-        prompts.check_context(ids, params.max_tokens, card.max_model_len, param)
+        prompts.check_length(ids, policy.max_prompt_tokens, param)
+        prompts.check_context(ids, params.max_tokens, served.max_model_len, param)
         options = body.stream_options or bodies.StreamOptions()
         first = GenerateRequest(
             request_id=f"{exchange.request_id}.{secrets.token_hex(4)}",
@@ -241,12 +269,13 @@ class Service:
             return await _together(relays)
         finally:
             record.failovers = sum(relay.failovers for relay in relays)
+            record.pods = [pair for relay in relays for pair in relay.pods]
 
     async def tokenize(self, exchange: Exchange, record: Record) -> None:
         """POST /tokenize: a prompt or messages to token ids."""
         body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Tokenize)
-        _, text = self.model(body.model)
-        record.model = text.card.model
+        _, served = await self.model(exchange, body.model)
+        record.model, text = served.model, served.text
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("Either prompt or messages is required.", param="prompt")
         if body.prompt is not None:
@@ -254,7 +283,7 @@ class Service:
             ids = await text.encode(body.prompt, add_special_tokens=special)
         else:
             ids = await prompts.chat_prompt(body, text, self.config)
-        answer = {"count": len(ids), "max_model_len": text.card.max_model_len, "tokens": ids}
+        answer = {"count": len(ids), "max_model_len": served.max_model_len, "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [text.tokenizer.id_to_token(token) for token in ids]
         await exchange.answer(msgspec.json.encode(answer))
@@ -262,21 +291,25 @@ class Service:
     async def detokenize(self, exchange: Exchange, record: Record) -> None:
         """POST /detokenize: the inverse of /tokenize."""
         body = bodies.parse(await exchange.body(self.config.max_body_bytes), bodies.Detokenize)
-        _, text = self.model(body.model)
-        record.model = text.card.model
+        _, served = await self.model(exchange, body.model)
+        record.model, text = served.model, served.text
         sampling.check_ids("tokens", body.tokens, text.card.vocab_size)
         decoded = text.tokenizer.decode(body.tokens, skip_special_tokens=False)
         await exchange.answer(msgspec.json.encode({"prompt": decoded}))
 
     async def models(self, exchange: Exchange, record: Record) -> None:
-        """GET /v1/models: served names, aliases among them."""
-        data = [_model_object(name, text) for name, text in sorted(self.fleet.names.items())]
+        """GET /v1/models: served names, aliases among them, that the client's key opens."""
+        data = [
+            _model_object(name, served)
+            for name, served in sorted(self.fleet.names.items())
+            if self._access.opens(exchange.key, served)
+        ]
         await exchange.answer(msgspec.json.encode({"object": "list", "data": data}))
 
     async def one_model(self, exchange: Exchange, record: Record) -> None:
         """GET /v1/models/{id}."""
-        name, text = self.model(exchange.path_params["model"])
-        await exchange.answer(msgspec.json.encode(_model_object(name, text)))
+        name, served = await self.model(exchange, exchange.path_params["model"])
+        await exchange.answer(msgspec.json.encode(_model_object(name, served)))
 
 
 async def _together(relays: list[Relay]) -> Usage:
@@ -295,14 +328,14 @@ async def _together(relays: list[Relay]) -> Usage:
     return chunks.total([task.result() for task in tasks])
 
 
-def _model_object(name: str, text: ModelText) -> dict[str, object]:
-    card = text.card
+def _model_object(name: str, served: Served) -> dict[str, object]:
+    card = served.text.card
     return {
         "id": name,
         "object": "model",
         "created": card.created,
         "owned_by": "tasuki",
         "root": card.root,
-        "parent": None if name == card.model else card.model,
-        "max_model_len": card.max_model_len,
+        "parent": None if name == served.model else served.model,
+        "max_model_len": served.max_model_len,
     }

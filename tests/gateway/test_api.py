@@ -168,7 +168,9 @@ def test_a_long_prompt_goes_through_a_prefill_pod_and_a_short_one_does_not(stack
 
 
 def test_what_the_pods_say_is_long_goes_before_what_the_gateway_thinks(start: Starter) -> None:
-    stack = start("--prefill-threshold", "0", pod_arguments=("--prefill-threshold", "100000"))
+    stack = start(
+        "--prefill-threshold", "0", pod_arguments=("--policy", '{"prefill_threshold": 100000}')
+    )
     stack.client.post("/v1/completions", json={"prompt": LONG})
     assert hand_overs(stack) == 0
 
@@ -298,9 +300,9 @@ def test_limits_of_the_gateway_are_429_and_413(start: Starter) -> None:
 
 
 def test_a_request_that_takes_too_long_is_a_504_or_an_event(start: Starter) -> None:
-    hasty = start("--request-timeout", "1", prefill=0, decode=1)
+    hasty = start("--request-timeout", "3", prefill=0, decode=1)
     hasty.fault(delay=0.05)
-    body = {"prompt": "x", "max_tokens": 100}
+    body = {"prompt": "x", "max_tokens": 400}
     assert hasty.client.post("/v1/completions", json=body).status_code == 504
     got = events(hasty.client.post("/v1/completions", json=body | {"stream": True}))
     assert got[-1]["error"]["type"] == "timeout_error"
@@ -318,7 +320,7 @@ def test_a_client_that_stops_reading_is_given_up_at_its_deadline(start: Starter)
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
             + body
         )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while hasty.metric("tasuki_gateway_requests_total{") == 0:
             assert time.monotonic() < deadline, "the request never ends"
             time.sleep(0.1)

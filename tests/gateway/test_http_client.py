@@ -248,8 +248,8 @@ async def test_a_slow_reader_stops_the_sender_and_is_not_taken_for_silence() -> 
         await reader.read()
 
     async with served(talk) as (client, url):
-        response = await client.request("POST", url, silence=0.2)
-        await asyncio.sleep(0.6)
+        response = await client.request("POST", url, silence=1.0)
+        await asyncio.sleep(2.0)
         first = await response.read()
         assert len(first) < total // 2
         rest = 0

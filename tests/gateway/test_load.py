@@ -3,6 +3,7 @@
 import asyncio
 import random
 import signal
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -77,11 +78,11 @@ async def test_an_index_that_dies_and_returns_fails_no_request(
     try:
         stack = start(redis_url=redis.url)
         draw = random.Random(fresh_seed())
-        end = time.monotonic() + 9
+        over = asyncio.Event()
         counts: Counter[int] = Counter()
 
         async def load(client: httpx.AsyncClient) -> None:
-            while time.monotonic() < end:
+            while not over.is_set() or counts.total() <= 50:
                 answer = await client.post("/v1/completions", json=body(draw))
                 counts[answer.status_code] += 1
 
@@ -94,42 +95,54 @@ async def test_an_index_that_dies_and_returns_fails_no_request(
             redis.pause()
             await asyncio.sleep(1.5)
             redis.resume()
+            await asyncio.sleep(2)
+            over.set()
 
         async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
             await asyncio.gather(break_the_index(), *(load(client) for _ in range(8)))
         assert counts.keys() == {200}, counts
-        assert counts[200] > 50
-        assert stack.metric("tasuki_gateway_index_errors_total") > 0
+        assert stack.metric("tasuki_gateway_index_failures_total") > 0
     finally:
         redis.stop()
 
 
-async def test_sigterm_lets_streams_finish_and_takes_no_new_ones(start: Starter) -> None:
+def until_refused(stack: Stack) -> None:
+    """Until the gateway takes no connections any more."""
+    host, port = stack.url.removeprefix("http://").split(":")
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except ConnectionRefusedError:
+            return
+        assert time.monotonic() < deadline, "it still listens"
+        time.sleep(0.02)
+
+
+def test_sigterm_lets_streams_finish_and_takes_no_new_ones(start: Starter) -> None:
     stack = start(prefill=0, decode=1)
-    stack.fault(delay=0.02)
-    async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
-        asked = {"prompt": "x", "max_tokens": 60, "stream": True}
-        running = asyncio.create_task(client.post("/v1/completions", json=asked))
-        await asyncio.sleep(0.5)
+    stack.fault(delay=0.1)
+    asked = {"prompt": "x", "max_tokens": 60, "stream": True}
+
+    def terminate() -> None:
         stack.gateway.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)
+        until_refused(stack)
         with pytest.raises(httpx.ConnectError):
-            await client.post("/v1/completions", json=asked)
-        answer = await running
-    assert answer.text.endswith("data: [DONE]\n\n")
-    assert '"error"' not in answer.text
-    assert await asyncio.to_thread(stack.gateway.process.wait, 10) == 0
+            httpx.post(f"{stack.url}/v1/completions", json=asked)
+
+    text = stack.stream_while(terminate, asked)
+    assert text.endswith("data: [DONE]\n\n")
+    assert '"error"' not in text
+    assert stack.gateway.process.wait(30) == 0
 
 
-async def test_what_does_not_finish_in_time_ends_with_an_error(start: Starter) -> None:
+def test_what_does_not_finish_in_time_ends_with_an_error(start: Starter) -> None:
     stack = start("--drain-timeout", "0.5", prefill=0, decode=1)
     stack.fault(delay=0.05)
-    async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
-        asked = {"prompt": "x", "max_tokens": 2000, "stream": True}
-        running = asyncio.create_task(client.post("/v1/completions", json=asked))
-        await asyncio.sleep(0.5)
-        stack.gateway.process.send_signal(signal.SIGTERM)
-        answer = await running
-    assert "shutting down" in answer.text
-    assert answer.text.endswith("data: [DONE]\n\n")
+    text = stack.stream_while(
+        lambda: stack.gateway.process.send_signal(signal.SIGTERM),
+        {"prompt": "x", "max_tokens": 2000, "stream": True},
+    )
+    assert "shutting down" in text
+    assert text.endswith("data: [DONE]\n\n")
     stack.wait_idle()

@@ -20,7 +20,6 @@ def card(**files: bytes) -> ModelCard:
         model="fake",
         fingerprint="f",
         root="r",
-        max_model_len=99,
         vocab_size=600,
         created=1,
         files={"tokenizer.json": fake_pods.tokenizer_json()}
@@ -50,14 +49,18 @@ async def test_files_that_cannot_be_read_are_one_kind_of_error(files: dict[str, 
 
 
 async def test_a_long_prompt_is_tokenized_while_others_go_on(text: ModelText) -> None:
-    worst, began = 0.0, time.monotonic()
-    task = asyncio.create_task(text.encode(TEXT, add_special_tokens=False))
-    while not task.done():
-        before = time.monotonic()
-        await asyncio.sleep(0.002)
-        worst = max(worst, time.monotonic() - before)
-    assert worst < 0.5 * (time.monotonic() - began)
-    assert task.result() == text.tokenizer.encode(TEXT, add_special_tokens=False)
+    expected = text.tokenizer.encode(TEXT, add_special_tokens=False)
+    shares = []
+    for _ in range(5):  # a busy machine holds this process up now and then; what blocks, always
+        worst, began = 0.0, time.monotonic()
+        task = asyncio.create_task(text.encode(TEXT, add_special_tokens=False))
+        while not task.done():
+            before = time.monotonic()
+            await asyncio.sleep(0.002)
+            worst = max(worst, time.monotonic() - before)
+        shares.append(worst / (time.monotonic() - began))
+        assert task.result() == expected
+    assert min(shares) < 0.5
 
 
 async def test_short_and_long_prompts_give_the_tokenizers_ids(text: ModelText) -> None:
