@@ -1,5 +1,8 @@
 """The API server, as far as the operator needs it: get, list, create, apply, delete."""
 
+import importlib.metadata
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +24,9 @@ _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _TOKEN_SECONDS = 30.0
 _TIMEOUT = aiohttp.ClientTimeout(total=30.0, connect=5.0)
 _PAGE = 500
+_TERMINATING = "NamespaceTerminating"
+_UNTYPED = "failed to create typed patch object"
+"""How an apply is refused whose fields have other types than the schema's; its status is 500."""
 
 
 class ApiError(TasukiError):
@@ -31,9 +37,15 @@ class ApiError(TasukiError):
         self.status, self.reason = status, reason
 
     @property
+    def is_farewell(self) -> bool:
+        """Whether nothing can be made any more where all is being deleted."""
+        return self.reason == _TERMINATING
+
+    @property
     def is_refusal(self) -> bool:
         """Whether the same request would be refused again: the object must be changed."""
-        return self.status in (400, 403, 422)
+        is_one = self.status in (400, 403, 422) or str(self).startswith(_UNTYPED)
+        return is_one and not self.is_farewell
 
 
 class Api:
@@ -47,7 +59,9 @@ class Api:
         self._info, self._metrics = info, metrics
         tls = info.as_ssl_context() if info.server.startswith("https") else False
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=tls, limit=32), timeout=_TIMEOUT
+            connector=aiohttp.TCPConnector(ssl=tls, limit=32, socket_factory=_socket),
+            headers={"User-Agent": f"{MANAGER}/{importlib.metadata.version('tasuki')}"},
+            timeout=_TIMEOUT,
         )
         self._token, self._token_read = "", 0.0
 
@@ -157,6 +171,15 @@ class Api:
         return {"Authorization": f"Bearer {self._token}"}
 
 
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """One whose end drops what it has not sent: the kernel would go on for minutes, and what a
+    leader that was cut off had wanted would be written after another one leads."""
+    family, kind, protocol, *_ = address
+    result = socket.socket(family, kind, protocol)
+    result.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return result
+
+
 def _read(status: int, payload: bytes) -> Manifest:
     try:
         answer = msgspec.json.decode(payload, type=dict[str, Any])
@@ -166,8 +189,8 @@ def _read(status: int, payload: bytes) -> Manifest:
         return answer
     reason = str(answer.get("reason") or status)
     causes = (answer.get("details") or {}).get("causes") or []
-    if any(cause.get("reason") == "NamespaceTerminating" for cause in causes):
-        reason = "NamespaceTerminating"
+    if any(cause.get("reason") == _TERMINATING for cause in causes):
+        reason = _TERMINATING
     raise ApiError(status, reason, str(answer.get("message") or f"status {status}"))
 
 

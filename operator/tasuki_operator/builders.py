@@ -6,14 +6,17 @@ not here belongs to others (autoscalers, other controllers, people).
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from tasuki_operator import names, pods
 from tasuki_operator.crd import GROUP, VERSION
+from tasuki_operator.credentials import Credentials
 from tasuki_operator.names import ROLES, Role
 from tasuki_operator.pods import Manifest
-from tasuki_operator.schema import SecretKey, Spec
+from tasuki_operator.schema import Spec
+from tasuki_operator.schema_base import SecretKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,24 +44,22 @@ class Surroundings:
 
 
 def desired(
-    owner: Owner, spec: Spec, around: Surroundings, transfer_secret_uid: str | None
+    owner: Owner, spec: Spec, around: Surroundings, credentials: Credentials
 ) -> list[Manifest]:
-    """All children of the deployment but its transfer Secret, in the order to apply them.
-
-    `transfer_secret_uid`: of the Secret that the operator made; None where the spec names one.
-    """
+    """All children of the deployment but its transfer Secret, in the order to apply them."""
     revision = revision_of(spec)
     children = [
         _child(owner, "v1", "ServiceAccount", owner.name, automountServiceAccountToken=False),
         _config_map(owner, spec, revision),
+        _policy_map(owner, spec, credentials),
     ]
     for role in ROLES:
         name = names.of_role(owner.name, role)
         children += [
             _service(owner, role, name),
-            _network_policy(owner, role, name, around),
+            _network_policy(owner, spec, role, name, around),
             _disruption_budget(owner, role, name),
-            _deployment(owner, spec, role, name, around, revision, transfer_secret_uid),
+            _deployment(owner, spec, role, name, around, revision, credentials),
         ]
         if around.pod_monitors:
             children.append(_pod_monitor(owner, role, name))
@@ -118,6 +119,13 @@ def _config_map(owner: Owner, spec: Spec, revision: str) -> Manifest:
     return child
 
 
+def _policy_map(owner: Owner, spec: Spec, credentials: Credentials) -> Manifest:
+    """Of no revision: pods follow it while they run."""
+    policy = spec.gateway.policy(credentials.key_digests)
+    data = {names.POLICY_ENTRY: msgspec.json.encode(policy).decode()}
+    return _child(owner, "v1", "ConfigMap", names.gateway_policy(owner.name), data=data)
+
+
 def _service(owner: Owner, role: Role, name: str) -> Manifest:
     """Headless, to find the pods by name; gateways find them through the index."""
     ports = [{"name": "http", "port": names.HTTP_PORT, "protocol": "TCP", "targetPort": "http"}]
@@ -130,7 +138,9 @@ def _service(owner: Owner, role: Role, name: str) -> Manifest:
     return _child(owner, "v1", "Service", name, role, spec=spec)
 
 
-def _network_policy(owner: Owner, role: Role, name: str, around: Surroundings) -> Manifest:
+def _network_policy(
+    owner: Owner, spec: Spec, role: Role, name: str, around: Surroundings
+) -> Manifest:
     """Requests only from gateways, metrics only from Prometheus, state only between its pods."""
     gateways = {
         "namespaceSelector": _namespace(around.system_namespace),
@@ -140,15 +150,21 @@ def _network_policy(owner: Owner, role: Role, name: str, around: Surroundings) -
     ingress: list[Manifest] = [
         {"from": [gateways, prometheus], "ports": [{"protocol": "TCP", "port": "http"}]}
     ]
+    transfer: list[Manifest] = []
     if role == "prefill":
+        transfer.append({"protocol": "TCP", "port": "transfer"})
+    if any("nixl" in pods.backends(spec, each) for each in (spec.prefill, spec.decode)):
+        first, last = names.NIXL_PORTS
+        transfer.append({"protocol": "TCP", "port": first, "endPort": last})
+    if transfer:
         peers = {"podSelector": {"matchLabels": {names.DEPLOYMENT: owner.name}}}
-        ingress.append({"from": [peers], "ports": [{"protocol": "TCP", "port": "transfer"}]})
-    spec = {
+        ingress.append({"from": [peers], "ports": transfer})
+    body = {
         "podSelector": {"matchLabels": names.selector(owner.name, role)},
         "policyTypes": ["Ingress"],
         "ingress": ingress,
     }
-    return _child(owner, "networking.k8s.io/v1", "NetworkPolicy", name, role, spec=spec)
+    return _child(owner, "networking.k8s.io/v1", "NetworkPolicy", name, role, spec=body)
 
 
 def _namespace(name: str) -> Manifest:
@@ -172,24 +188,21 @@ def _deployment(
     name: str,
     around: Surroundings,
     revision: str,
-    transfer_secret_uid: str | None,
+    credentials: Credentials,
 ) -> Manifest:
     given = spec.transfer.key_secret
     made = SecretKey(name=names.transfer_secret(owner.name), key=names.KEY_ENTRY)
-    annotations: Mapping[str, str] = (
-        {names.TRANSFER_KEY: transfer_secret_uid} if transfer_secret_uid else {}
-    )
     rollout = spec.rollout
     template = pods.template(
         owner.name,
         spec,
         role,
         image=around.image,
-        redis_url=around.redis_url,
+        redis_url=spec.prefix_index.url or around.redis_url,
         config_map=names.engine_config(owner.name, revision),
         revision=revision,
         key=given or made,
-        annotations=annotations,
+        annotations={names.SECRETS: credentials.digest},
     )
     body = {
         "replicas": (spec.prefill if role == "prefill" else spec.decode).replicas,

@@ -33,14 +33,18 @@ class OperatorConfig:
     endpoint: str = _setting(
         "http://tasuki-gateway.tasuki-system.svc/v1", "Base URL for OpenAI clients."
     )
-    host: str = _setting("0.0.0.0", "Address of metrics and probes.")
+    host: str = _setting("::", 'Address of metrics and probes; "::" is all, of IPv4 too.')
     port: int = _setting(8080, "Port of metrics and probes; 0: a free one.")
     workers: int = _setting(8, "Deployments looked at at once.")
     resync_seconds: float = _setting(8.0, "Between looks at a deployment that nothing is heard of.")
+    relist_seconds: float = _setting(
+        300.0, "Between full lists, which find what a watch lost, and APIs that came or went."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least level.")
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; it must be 1 or more.")
-        if self.resync_seconds <= 0:
-            raise ConfigError(f"resync_seconds is {self.resync_seconds}; it must be above 0.")
+        for name in ("resync_seconds", "relist_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0.")

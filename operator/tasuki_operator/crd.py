@@ -211,6 +211,12 @@ def _status() -> dict[str, Any]:
                 "description": "Generation of the spec that the rest of the status is about.",
             },
             "model": text("Name that clients send as `model`."),
+            "names": {
+                "type": "array",
+                "description": "Its own, aliases too: no other deployment gets them meanwhile.",
+                "items": {"type": "string"},
+                "x-kubernetes-list-type": "set",
+            },
             "endpoint": text("Base URL for OpenAI clients inside the cluster."),
             "fingerprint": text("Of weights, dtype and cache layout of the pods that serve."),
             "transfer": text("Transport that prefill and decode pods use."),
@@ -239,10 +245,16 @@ def _section(lines: list[str], node: dict[str, Any], path: str) -> None:
         text = field["description"].replace("|", "\\|")
         lines.append(f"| `{name}` | {_kind(field)} | {default} | {text} |")
     rules = [rule["message"] for rule in node.get("x-kubernetes-validations", [])]
-    lines += ["", *(f"- {message[0].upper()}{message[1:]}." for message in rules)]
+    lines += ["", *(f"- {_rule(message, node)}." for message in rules)]
     lines += [""] * bool(rules)
     for name, inner in below:
         _section(lines, inner, name)
+
+
+def _rule(message: str, node: dict[str, Any]) -> str:
+    """A rule as a sentence; a field that it begins with keeps its name."""
+    first, _, rest = message.partition(" ")
+    return f"`{first}` {rest}" if first in node["properties"] else message[0].upper() + message[1:]
 
 
 def _kind(field: dict[str, Any]) -> str:

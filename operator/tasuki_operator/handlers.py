@@ -7,9 +7,8 @@ from typing import Any
 import kopf
 
 from tasuki_operator import names
-from tasuki_operator.kinds import INFERENCE_DEPLOYMENT, Kind
-from tasuki_operator.store import Store
-from tasuki_operator.work import WorkQueue
+from tasuki_operator.kinds import AUTOSCALER, INFERENCE_DEPLOYMENT
+from tasuki_operator.watched import Watched
 
 _WATCH_SECONDS = 600
 _IDENTITY: Any = "tasuki-operator"
@@ -17,12 +16,7 @@ _IDENTITY: Any = "tasuki-operator"
 
 
 async def watch(
-    log_in: Callable[[], kopf.ConnectionInfo],
-    kinds: tuple[Kind, ...],
-    namespaces: tuple[str, ...],
-    store: Store,
-    queue: WorkQueue,
-    stop: asyncio.Event,
+    log_in: Callable[[], kopf.ConnectionInfo], watched: Watched, stop: asyncio.Event
 ) -> None:
     """Runs kopf until `stop`: events of InferenceDeployments and of all that is labelled as theirs.
 
@@ -41,10 +35,20 @@ async def watch(
 
     async def on_event(event: kopf.RawEvent, **_: Any) -> None:
         body: dict[str, Any] = dict(event["object"])
-        key = store.drop(body) if event["type"] == "DELETED" else store.put(body)
-        queue.add(key)
+        take = watched.store.drop if event["type"] == "DELETED" else watched.store.put
+        for key in take(body):
+            watched.queue.add(key)
 
-    for kind in kinds:
+    async def on_autoscaler(event: kopf.RawEvent, **_: Any) -> None:
+        body: dict[str, Any] = dict(event["object"])
+        known = watched.autoscalers
+        take = known.drop if event["type"] == "DELETED" else known.put
+        for key in take(body):
+            watched.queue.add(key)
+
+    address = (AUTOSCALER.group, AUTOSCALER.version, AUTOSCALER.plural)
+    kopf.on.event(*address, registry=registry, id="see-autoscalers")(on_autoscaler)
+    for kind in watched.kinds:
         address = (kind.group, kind.version, kind.plural)
         kopf.on.event(*address, registry=registry, id=f"see-{kind.plural}")(on_event)
         if kind is not INFERENCE_DEPLOYMENT:
@@ -54,7 +58,7 @@ async def watch(
         settings=settings,
         standalone=True,
         identity=_IDENTITY,
-        clusterwide=not namespaces,
-        namespaces=namespaces,
+        clusterwide=not watched.namespaces,
+        namespaces=watched.namespaces,
         stop_flag=stop,
     )

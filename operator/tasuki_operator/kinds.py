@@ -32,6 +32,7 @@ INFERENCE_DEPLOYMENT = Kind("tasuki.dev/v1alpha1", "InferenceDeployment", "infer
 POD = Kind("v1", "Pod", "pods")
 SECRET = Kind("v1", "Secret", "secrets")
 EVENT = Kind("v1", "Event", "events")
+AUTOSCALER = Kind("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 DEPLOYMENT = Kind("apps/v1", "Deployment", "deployments")
 CONFIG_MAP = Kind("v1", "ConfigMap", "configmaps")

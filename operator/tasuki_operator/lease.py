@@ -6,6 +6,8 @@ once: after `DURATION` seconds another one takes over, by its own clock, for clo
 
 import asyncio
 import datetime
+import secrets
+import socket
 import time
 from typing import Any
 
@@ -23,6 +25,11 @@ NAME = "tasuki-operator"
 
 class LostError(Exception):
     """The lease may be another operator's by now."""
+
+
+def identity() -> str:
+    """A name for this process: two of one host, or one and its successor, are not the same."""
+    return f"{socket.gethostname()}_{secrets.token_hex(6)}"
 
 
 class Lease:

@@ -4,36 +4,36 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import kopf
 from aiohttp import web
 
 from tasuki_common import logs
 from tasuki_common.errors import ConfigError
+from tasuki_common.listening import listen
 from tasuki_common.settings import describe, load
-from tasuki_operator import names
-from tasuki_operator.api import Api, ApiError
+from tasuki_operator.api import Api
+from tasuki_operator.autoscaling import Autoscalers
 from tasuki_operator.builders import Surroundings
 from tasuki_operator.config import OperatorConfig
 from tasuki_operator.handlers import watch
-from tasuki_operator.kinds import CHILDREN, INFERENCE_DEPLOYMENT, POD, POD_MONITOR, Kind
-from tasuki_operator.lease import Lease, LostError
+from tasuki_operator.kinds import CHILDREN, INFERENCE_DEPLOYMENT, POD, POD_MONITOR
+from tasuki_operator.lease import Lease, LostError, identity
 from tasuki_operator.metrics import Metrics
 from tasuki_operator.outside import Outside
 from tasuki_operator.reconciler import Reconciler
 from tasuki_operator.store import Store
+from tasuki_operator.watched import Watched
 from tasuki_operator.work import WorkQueue
 
 log = logs.get("tasuki.operator")
 
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_RELIST_SECONDS = 300.0
 _RELEASE_SECONDS = 3.0
+_BACKLOG = 128
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,7 +57,7 @@ async def _run(config: OperatorConfig) -> int:
         loop.add_signal_handler(number, stop.set)
     metrics = Metrics()
     api = Api(_log_in(), metrics)
-    lease = Lease(api, _own_namespace() or config.system_namespace, socket.gethostname())
+    lease = Lease(api, _own_namespace() or config.system_namespace, identity())
     probes = await _serve(config, metrics)
     try:
         if not await _first(lease.acquire(), stop):
@@ -89,85 +89,78 @@ def _outcome(results: Sequence[BaseException | None]) -> int:
     return 0
 
 
-async def _work(
-    config: OperatorConfig,
-    api: Api,
-    metrics: Metrics,
-    stop: asyncio.Event,
-) -> None:
+async def _work(config: OperatorConfig, api: Api, metrics: Metrics, stop: asyncio.Event) -> None:
     """What the leader does, until `stop`."""
     if not await api.serves(INFERENCE_DEPLOYMENT):
         raise ConfigError("The cluster knows no InferenceDeployment; apply crds/ first.")
     monitors = await api.serves(POD_MONITOR)
-    kinds = tuple(
-        kind
-        for kind in (INFERENCE_DEPLOYMENT, POD, *CHILDREN)
-        if kind is not POD_MONITOR or monitors
+    kinds = (INFERENCE_DEPLOYMENT, POD, *CHILDREN)
+    watched = Watched(
+        api=api,
+        kinds=tuple(kind for kind in kinds if kind is not POD_MONITOR or monitors),
+        namespaces=config.namespaces,
+        store=Store(),
+        autoscalers=Autoscalers(),
+        queue=WorkQueue(metrics),
     )
     gateway = (config.system_namespace, config.gateway) if config.gateway else None
-    store, queue = Store(), WorkQueue(metrics)
-    outside = Outside(api, config.redis_url, gateway)
+    outside = Outside(api, gateway)
+    reconciler = _reconciler(config, watched, outside, metrics)
+    try:
+        await watched.relist()
+        await outside.listing(config.redis_url)  # while nothing else keeps the event loop busy
+        for key in watched.store.all():
+            watched.queue.add(key)
+        await _together(
+            stop,
+            watch(_log_in, watched, stop),
+            watched.relist_now_and_then(config.relist_seconds),
+            *(watched.queue.work(reconciler.reconcile) for _ in range(config.workers)),
+        )
+    finally:
+        await outside.close()
+
+
+def _reconciler(
+    config: OperatorConfig, watched: Watched, outside: Outside, metrics: Metrics
+) -> Reconciler:
     around = Surroundings(
         image=config.engine_image,
         redis_url=config.redis_url,
         system_namespace=config.system_namespace,
         metrics_namespace=config.metrics_namespace,
-        pod_monitors=monitors,
+        pod_monitors=POD_MONITOR in watched.kinds,
     )
-    reconciler = Reconciler(
-        api,
-        store,
+    return Reconciler(
+        watched.api,
+        watched.store,
+        watched.autoscalers,
         outside,
         around,
         metrics,
         endpoint=config.endpoint,
         resync=config.resync_seconds,
+        namespaces=config.namespaces,
     )
-    await _relist(api, kinds, config.namespaces, store, queue)
-    for key in store.all():
-        queue.add(key)
-    tasks = [
-        asyncio.ensure_future(watch(_log_in, kinds, config.namespaces, store, queue, stop)),
-        asyncio.ensure_future(_relist_now_and_then(api, kinds, config.namespaces, store, queue)),
-        *(asyncio.ensure_future(queue.work(reconciler.reconcile)) for _ in range(config.workers)),
-    ]
+
+
+async def _together(
+    stop: asyncio.Event,
+    watching: Coroutine[Any, Any, None],
+    *others: Coroutine[Any, Any, None],
+) -> None:
+    """Runs all until one ends or `stop` is set, which `watching` heeds; raises what they raised."""
+    tasks = [asyncio.ensure_future(each) for each in (watching, *others, stop.wait())]
     try:
-        stopping = asyncio.ensure_future(stop.wait())
-        await asyncio.wait((*tasks, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         stop.set()
-        for task in (stopping, *tasks[1:]):
+        for task in tasks[1:]:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        await outside.close()
     for result in results:
         if isinstance(result, Exception):
             raise result
-
-
-async def _relist(
-    api: Api, kinds: Sequence[Kind], namespaces: Sequence[str], store: Store, queue: WorkQueue
-) -> None:
-    """Compares with full lists: a watch that was away has missed what was deleted meanwhile."""
-    for kind in kinds:
-        labels = "" if kind is INFERENCE_DEPLOYMENT else names.DEPLOYMENT
-        before = store.known(kind)
-        bodies: list[dict[str, Any]] = []
-        for namespace in namespaces or (None,):
-            bodies += await api.list(kind, namespace, labels)
-        for key in store.replace(kind, before, bodies):
-            queue.add(key)
-
-
-async def _relist_now_and_then(
-    api: Api, kinds: Sequence[Kind], namespaces: Sequence[str], store: Store, queue: WorkQueue
-) -> None:
-    while True:
-        await asyncio.sleep(_RELIST_SECONDS)
-        try:
-            await _relist(api, kinds, namespaces, store, queue)
-        except (ApiError, aiohttp.ClientError, OSError) as error:
-            log.warning("api_server_away", reason=str(error))
 
 
 async def _first(waited: Any, stop: asyncio.Event) -> bool:
@@ -215,7 +208,7 @@ async def _serve(config: OperatorConfig, metrics: Metrics) -> web.AppRunner:
     )
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, config.host, config.port)
-    await site.start()
-    log.info("serving", port=runner.addresses[0][1])
+    listener = listen(config.host, config.port, _BACKLOG)
+    await web.SockSite(runner, listener).start()
+    log.info("serving", port=listener.getsockname()[1])
     return runner

@@ -17,10 +17,15 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.reconcile_errors = Counter(
-            "tasuki_operator_reconcile_errors",
+        self.reconcile_failures = Counter(
+            "tasuki_operator_reconcile_failures",
             "Reconciles that failed and are tried again, by cause.",
             ["reason"],
+            registry=registry,
+        )
+        self.failing_deployments = Gauge(
+            "tasuki_operator_failing_deployments",
+            "InferenceDeployments whose last reconcile failed.",
             registry=registry,
         )
         self.queue_depth = Gauge(
@@ -51,6 +56,12 @@ class Metrics:
             "tasuki_operator_deployments",
             "InferenceDeployments by their condition Ready.",
             ["ready"],
+            registry=registry,
+        )
+        self.deployment_ready = Gauge(
+            "tasuki_operator_deployment_ready",
+            "1 where the InferenceDeployment (namespace/name) has the condition Ready, else 0.",
+            ["deployment"],
             registry=registry,
         )
         self.leader = Gauge(

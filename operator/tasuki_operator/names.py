@@ -9,12 +9,19 @@ MANAGER = "tasuki-operator"
 DEPLOYMENT = "tasuki.dev/deployment"
 ROLE = "tasuki.dev/role"
 REVISION = "tasuki.dev/revision"
-TRANSFER_KEY = "tasuki.dev/transfer-key"
-"""Annotation of pods: which transfer secret they were made with."""
+SECRETS = "tasuki.dev/secrets"
+"""Annotation of pods: changes with the secrets that they read when they start."""
 HTTP_PORT = 8100
 TRANSFER_PORT = 8200
+NIXL_PORTS = (8210, 8273)
+"""First and last of those on which NIXL's transport over TCP listens, in pods of both roles: some
+for each network interface, taken at random."""
 KEY_ENTRY = "key"
 """In the data of the transfer secret that the operator makes."""
+
+
+POLICY_ENTRY = "policy.json"
+"""In the data of the ConfigMap with what gateways allow."""
 
 
 def labels(name: str, role: Role | None = None) -> dict[str, str]:
@@ -44,6 +51,11 @@ def of_role(name: str, role: Role) -> str:
 def transfer_secret(name: str) -> str:
     """Name of the Secret that the operator makes when none is given."""
     return f"{name}-transfer"
+
+
+def gateway_policy(name: str) -> str:
+    """Name of the ConfigMap with what gateways allow, which pods read again and again."""
+    return f"{name}-gateway"
 
 
 def engine_config(name: str, revision: str) -> str:

@@ -2,14 +2,18 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tasuki_common.listening import EVERYWHERE
 from tasuki_operator import names
 from tasuki_operator.names import Role
-from tasuki_operator.schema import ModelSpec, PodsSpec, SecretKey, Spec
+from tasuki_operator.schema import ModelSpec, Spec
+from tasuki_operator.schema_base import SecretKey
+from tasuki_operator.schema_pods import PodsSpec
 
 _CACHE, _SHARED, _TEMP, _MODEL = "/cache", "/dev/shm", "/tmp", "/model"
+_POLICY = "/etc/tasuki/policy"
 _LEAVE_SECONDS = 30
 """Beyond the drain: withdrawing from the index, stopping the engine, closing streams."""
 _SHARED_MEMORY = "1Gi"
@@ -28,6 +32,11 @@ def engine_settings(spec: Spec) -> dict[str, Any]:
 def drain_seconds(spec: Spec) -> int:
     """How long a pod that leaves waits: its leases end within this time."""
     return max(spec.rollout.drain_seconds, math.ceil(spec.transfer.lease_seconds))
+
+
+def backends(spec: Spec, pods: PodsSpec) -> Sequence[str]:
+    """Transports of the role's pods, best first."""
+    return spec.transfer.backends or (["nixl", "tcp"] if pods.accelerator else ["tcp"])
 
 
 def template(
@@ -64,7 +73,7 @@ def template(
         "containers": [
             _container(name, spec, role, pods, image, redis_url, config_map, key),
         ],
-        "volumes": _volumes(spec.model),
+        "volumes": _volumes(name, spec.model),
     }
     if pods.node_selector:
         pod_spec["nodeSelector"] = dict(pods.node_selector)
@@ -157,9 +166,8 @@ def _probe(path: str, *, period: int, failures: int) -> Manifest:
 def _environment(
     name: str, spec: Spec, pods: PodsSpec, redis_url: str, config_map: str, key: SecretKey
 ) -> list[Manifest]:
-    """POD_ variables come first: the others refer to them."""
-    transfer, model = spec.transfer, spec.model
-    backends = transfer.backends or (["nixl", "tcp"] if pods.accelerator else ["tcp"])
+    """POD_ variables come first: the others refer to them. The user's take the place of ours."""
+    transfer, model, transports = spec.transfer, spec.model, backends(spec, pods)
     url = spec.prefix_index.url_secret
     environment: list[Manifest] = [
         _field("POD_NAME", "metadata.name"),
@@ -169,16 +177,17 @@ def _environment(
         _value("TASUKI_MODEL", _location(model)),
         _value("TASUKI_SERVED_NAME", model.served_name or name),
         _value("TASUKI_ALIASES", ",".join(model.aliases)),
-        _value("TASUKI_HOST", "0.0.0.0"),
+        _value("TASUKI_HOST", EVERYWHERE),
         _value("TASUKI_PORT", str(names.HTTP_PORT)),
         _value("TASUKI_ADVERTISE_HOST", "$(POD_IP)"),
         _value("TASUKI_TRANSFER_HOST", "$(POD_IP)"),
         _value("TASUKI_TRANSFER_PORT", str(names.TRANSFER_PORT)),
-        _value("TASUKI_TRANSFER_BACKENDS", ",".join(backends)),
+        _value("TASUKI_TRANSFER_BACKENDS", ",".join(transports)),
         _secret("TASUKI_TRANSFER_KEY", key),
         _value("TASUKI_POD_NAME", "$(POD_NAMESPACE)/$(POD_NAME)"),
+        _value("TASUKI_DEPLOYMENT", f"$(POD_NAMESPACE)/{name}"),
         _value("TASUKI_LEASE_SECONDS", str(transfer.lease_seconds)),
-        _value("TASUKI_PREFILL_THRESHOLD", str(spec.gateway.prefill_threshold)),
+        _value("TASUKI_POLICY_FILE", f"{_POLICY}/{names.POLICY_ENTRY}"),
         _value("TASUKI_DRAIN_SECONDS", str(drain_seconds(spec))),
         {
             "name": "TASUKI_ENGINE",
@@ -186,12 +195,16 @@ def _environment(
         },
         _secret("TASUKI_REDIS_URL", url) if url else _value("TASUKI_REDIS_URL", redis_url),
     ]
+    if "nixl" in transports:
+        first, last = names.NIXL_PORTS
+        environment.append(_value("UCX_TCP_PORT_RANGE", f"{first}-{last}"))
     if model.token_secret is not None:
         environment.append(_secret("HF_TOKEN", model.token_secret))
+    by_name = {variable["name"]: variable for variable in environment}
     for variable in pods.env:
         own = {"name": variable.name, "value": variable.value, "valueFrom": variable.value_from}
-        environment.append({field: value for field, value in own.items() if value is not None})
-    return environment
+        by_name[variable.name] = {key: value for key, value in own.items() if value is not None}
+    return list(by_name.values())
 
 
 def _value(name: str, value: str) -> Manifest:
@@ -216,8 +229,9 @@ def _location(model: ModelSpec) -> str:
     return _MODEL if scheme == "oci" else rest
 
 
-def _volumes(model: ModelSpec) -> list[Manifest]:
+def _volumes(name: str, model: ModelSpec) -> list[Manifest]:
     volumes: list[Manifest] = [
+        {"name": "policy", "configMap": {"name": names.gateway_policy(name)}},
         {"name": "cache", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _SHARED_MEMORY}},
@@ -234,6 +248,7 @@ def _volumes(model: ModelSpec) -> list[Manifest]:
 
 def _mounts(model: ModelSpec) -> list[Manifest]:
     mounts: list[Manifest] = [
+        {"name": "policy", "mountPath": _POLICY, "readOnly": True},
         {"name": "cache", "mountPath": _CACHE},
         {"name": "tmp", "mountPath": _TEMP},
         {"name": "shm", "mountPath": _SHARED},

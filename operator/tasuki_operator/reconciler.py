@@ -1,40 +1,30 @@
 """One look at one deployment: observe, make the children as wanted, say what is seen.
 
 It may be interrupted anywhere and started anew: every step is idempotent, and what is wanted comes
-from the spec alone. What is remembered (`_applied`) only saves requests.
+from the spec alone.
 """
 
 import datetime
-import secrets
-from collections.abc import Mapping
-from typing import Any
+import functools
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import msgspec
 import pydantic
-import xxhash
 
-from tasuki_common import logs
-from tasuki_operator import builders, events, names, status
+from tasuki_operator import credentials, names, rivals, status
 from tasuki_operator.api import Api, ApiError
+from tasuki_operator.autoscaling import Autoscalers
 from tasuki_operator.builders import Owner, Surroundings
-from tasuki_operator.kinds import (
-    BY_NAME,
-    CHILDREN,
-    CONFIG_MAP,
-    DEPLOYMENT,
-    INFERENCE_DEPLOYMENT,
-    POD,
-    SECRET,
-    Kind,
-)
+from tasuki_operator.children import Children, GoneError
+from tasuki_operator.events import Teller
+from tasuki_operator.kinds import CONFIG_MAP, DEPLOYMENT, INFERENCE_DEPLOYMENT, POD, Kind
 from tasuki_operator.metrics import Metrics
-from tasuki_operator.outside import Outside
+from tasuki_operator.observed import Observed, index_name, is_ready
+from tasuki_operator.outside import Listing, Outside
 from tasuki_operator.schema import Spec
-from tasuki_operator.status import Observed
-from tasuki_operator.store import Key, Store
+from tasuki_operator.store import Key, Store, held_names, served_names
 from tasuki_operator.troubles import Trouble
-
-log = logs.get("tasuki.operator")
 
 Manifest = dict[str, Any]
 
@@ -42,10 +32,6 @@ _UNSETTLED_SECONDS = 1.5
 """Until the next look while something moves: the index tells of nothing by itself."""
 _PATIENCE = 1.3
 """Grows the time between looks at what should move and does not."""
-
-
-class _GoneError(Exception):
-    """The deployment was deleted while it was looked at."""
 
 
 class Reconciler:
@@ -56,152 +42,93 @@ class Reconciler:
         self,
         api: Api,
         store: Store,
+        autoscalers: Autoscalers,
         outside: Outside,
         around: Surroundings,
         metrics: Metrics,
         *,
         endpoint: str,
         resync: float,
+        namespaces: Collection[str] = (),
     ) -> None:
+        """`namespaces`: those that are served; none: all."""
         self._api, self._store, self._outside, self._around = api, store, outside, around
+        self._autoscalers = autoscalers
         self._metrics, self._endpoint, self._resync = metrics, endpoint, resync
+        self._namespaces = frozenset(namespaces)
         self._unchanged: dict[Key, int] = {}
-        self._applied: dict[tuple[str, str, str], tuple[str, str]] = {}
+        self._tellers: dict[Key, Teller] = {}
+        self._children = Children(api, store, autoscalers, around, metrics)
+        for ready in ("true", "false"):
+            gauge = metrics.deployments.labels(ready)
+            gauge.set_function(functools.partial(self._number, ready))
 
     async def reconcile(self, key: Key) -> float | None:
         """Looks at `key`; returns after how many seconds to look again."""
         body = self._store.deployment(key)
         if body is None or body["metadata"].get("deletionTimestamp"):
-            self._count()
+            self._forget(key)
             return None
         try:
-            refusal, spec = await self._children(key, body)
-            changed, settled = await self._status(key, body, spec, refusal)
-        except _GoneError:
-            self._unchanged.pop(key, None)
+            look = await self._look(key, body)
+            changed, settled = await self._status(key, body, look)
+        except GoneError:
+            self._forget(key)
             return None
         except ApiError as error:
-            if error.reason == "NamespaceTerminating":
+            if error.is_farewell:
                 return None
             raise
         looks = self._unchanged[key] = 0 if changed else self._unchanged.get(key, 0) + 1
         patience = _UNSETTLED_SECONDS * _PATIENCE ** min(looks, 20)
         return self._resync if settled else min(patience, self._resync)
 
-    async def _children(self, key: Key, body: Manifest) -> tuple[Trouble | None, Spec | None]:
-        """Makes them as wanted, or tells why it cannot; and the spec, where it is one."""
+    def _forget(self, key: Key) -> None:
+        """Of a deployment that is deleted nothing is remembered."""
+        self._unchanged.pop(key, None)
+        self._children.forget(key)
+        self._tellers.pop(key, None)
+        self._metrics.deployment_ready.remove(str(key))
+
+    async def _look(self, key: Key, body: Manifest) -> "_Look":
+        """Makes the children as wanted, or finds why it cannot."""
         try:
             spec = Spec.model_validate(body["spec"])
         except pydantic.ValidationError as error:
-            return Trouble("InvalidSpec", _explain(error)), None
-        rival = self._store.rival(key)
-        if rival is not None:
-            return Trouble("NameTaken", _rivalry(rival)), spec
-        owner = Owner(namespace=key.namespace, name=key.name, uid=body["metadata"]["uid"])
-        try:
-            uid = await self._transfer_secret(key, owner, spec)
-            wanted = builders.desired(owner, spec, self._around, uid)
-            if any(self._live(key, manifest) is None for manifest in wanted):
-                await self._still_there(key, owner)
-            for manifest in wanted:
-                await self._make(key, owner, manifest)
-            await self._prune(key, owner, wanted)
-        except _ForeignError as error:
-            return Trouble("NameTaken", str(error)), spec
-        except ApiError as error:
-            if not error.is_refusal or error.reason == "NamespaceTerminating":
-                raise
-            log.warning("child_refused", deployment=str(key), reason=str(error))
-            return Trouble("ChildRefused", f"The API server refuses a child: {error}"), spec
-        return None, spec
-
-    async def _transfer_secret(self, key: Key, owner: Owner, spec: Spec) -> str | None:
-        """Makes the Secret where none is given; its uid."""
-        if spec.transfer.key_secret is not None:
-            return None
-        name = names.transfer_secret(owner.name)
-        found = await self._api.get(SECRET, owner.namespace, name)
-        if found is None:
-            await self._still_there(key, owner)
-            value = secrets.token_urlsafe(32)
-            try:
-                found = await self._api.create(builders.transfer_secret(owner, value))
-            except ApiError as error:
-                if error.status != 409:
-                    raise
-                found = await self._api.get(SECRET, owner.namespace, name) or {"metadata": {}}
-            self._metrics.applied.labels("Secret").inc()
-        _must_be_ours(found, owner, "Secret", name)
-        return str(found["metadata"]["uid"])
-
-    async def _make(self, key: Key, owner: Owner, manifest: Manifest) -> None:
-        """Applies one child unless it is known to be as wanted."""
-        kind, name = BY_NAME[manifest["kind"]], manifest["metadata"]["name"]
-        memory = (kind.name, owner.namespace, name)
-        wanted = _digest(manifest)
-        live = self._live(key, manifest)
-        if live is not None and self._applied.get(memory) == (wanted, _version(live)):
-            return
-        if live is None:
-            live = await self._api.get(kind, owner.namespace, name)
-        if live is not None:
-            _must_be_ours(live, owner, kind.name, name)
-        result = await self._api.apply(manifest)
-        self._store.put(result)
-        self._applied[memory] = (wanted, _version(result))
-        self._metrics.applied.labels(kind.name).inc()
-
-    def _live(self, key: Key, manifest: Manifest) -> Manifest | None:
-        """The child as the watches know it."""
-        return self._store.get(BY_NAME[manifest["kind"]], key, manifest["metadata"]["name"])
-
-    async def _still_there(self, key: Key, owner: Owner) -> None:
-        """Before anything is created: a watch may have missed that the owner was deleted."""
-        found = await self._api.get(INFERENCE_DEPLOYMENT, owner.namespace, owner.name)
-        if found is not None:
-            self._store.put(found)
-            metadata = found["metadata"]
-            if metadata["uid"] == owner.uid and not metadata.get("deletionTimestamp"):
-                return
-        elif (body := self._store.deployment(key)) is not None:
-            self._store.drop(body)
-        raise _GoneError
-
-    async def _prune(self, key: Key, owner: Owner, wanted: list[Manifest]) -> None:
-        """Deletes children that are wanted no more; settings that a pod still has are kept."""
-        kept = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in wanted}
-        if not self._is_still(key):
-            kept |= {("ConfigMap", m["metadata"]["name"]) for m in self._of(key, CONFIG_MAP)}
-        for kind in CHILDREN:
-            for body in self._of(key, kind):
-                name = body["metadata"]["name"]
-                if (kind.name, name) not in kept and _is_ours(body, owner):
-                    await self._api.delete(kind, owner.namespace, name, body["metadata"]["uid"])
-                    self._store.drop(body)
-                    self._applied.pop((kind.name, owner.namespace, name), None)
-
-    def _is_still(self, key: Key) -> bool:
-        """Whether all pods are of the newest revision, so that no old settings are needed."""
-        revisions = {
-            (pod["metadata"].get("labels") or {}).get(names.REVISION) for pod in self._of(key, POD)
-        }
-        for deployment in self._of(key, DEPLOYMENT):
-            template = deployment["spec"]["template"]["metadata"].get("labels") or {}
-            revisions.add(template.get(names.REVISION))
-            now = deployment.get("status") or {}
-            if now.get("observedGeneration") != deployment["metadata"].get("generation"):
-                return False
-        return len(revisions) <= 1
+            default = self._around.redis_url
+            listing = await self._outside.listing(default)
+            return _Look(None, default, listing, Trouble("InvalidSpec", _explain(error)))
+        rival = self._store.rival(key)  # now: an await later it may be deleted
+        named = await credentials.read(self._api, key.namespace, spec)
+        url = credentials.index_url(spec, named, self._around.redis_url)
+        listing = (
+            await self._outside.listing(url)
+            if url is not None
+            else Listing(None, "the Secret with its URL is missing")
+        )
+        stranger = rivals.stranger(key, body, listing.members or (), self._namespaces)
+        deployments, policy = self._of(key, DEPLOYMENT), names.gateway_policy(key.name)
+        kept = credentials.kept(deployments, self._store.get(CONFIG_MAP, key, policy))
+        hindrances = (
+            None if rival is None else rivals.owner(rival),
+            credentials.exposed_password(spec, self._around.redis_url),
+            None if deployments else stranger,  # who serves already goes on
+            None if kept else named.trouble,
+        )
+        refusal = next((trouble for trouble in hindrances if trouble is not None), None)
+        if refusal is None:
+            refusal = await self._children.make(key, _owner(body), spec, named, kept)
+        worry = named.trouble or stranger
+        same = url is not None and credentials.is_same_redis(url, self._around.redis_url)
+        return _Look(spec, url, listing, refusal, worry, same, rival is None)
 
     def _of(self, key: Key, kind: Kind) -> list[Manifest]:
         return self._store.children(key, kind)
 
-    async def _status(
-        self, key: Key, body: Manifest, spec: Spec | None, refusal: Trouble | None
-    ) -> tuple[bool, bool]:
+    async def _status(self, key: Key, body: Manifest, look: "_Look") -> tuple[bool, bool]:
         """Writes the status when it has changed; whether it has, and whether nothing moves."""
         before: Manifest = body.get("status") or {}
-        said = status.of(await self._observed(key, body, spec, refusal))
+        said = status.of(await self._observed(key, body, look))
         if said != before:
             metadata = body["metadata"]
             written = {
@@ -214,84 +141,86 @@ class Reconciler:
                 result = await self._api.apply(written, "status")
             except ApiError as error:
                 if error.status in (404, 409):  # deleted, or another one of that name by now
-                    await self._still_there(
-                        key, Owner(namespace=key.namespace, name=key.name, uid=metadata["uid"])
-                    )
+                    await self._children.still_there(key, _owner(body))
                 raise
             self._store.put(result)
-            await events.tell(self._api, result, before, said)
-        self._count()
+            teller = self._tellers.setdefault(key, Teller(self._api))
+            await teller.tell(result, before, said)
         ready, moving = (status.condition(said, kind) for kind in ("Ready", "Progressing"))
-        return said != before, ready["status"] == "True" and moving["status"] == "False"
+        serves = ready["status"] == "True"
+        self._metrics.deployment_ready.labels(str(key)).set(serves)
+        return said != before, serves and moving["status"] == "False"
 
-    async def _observed(
-        self, key: Key, body: Manifest, spec: Spec | None, refusal: Trouble | None
-    ) -> Observed:
-        listing = await self._outside.listing(
-            key.namespace, spec.prefix_index.url_secret if spec else None
-        )
-        pods = self._of(key, POD)
-        prefix = {f"{key.namespace}/{pod['metadata']['name']}" for pod in pods}
+    async def _observed(self, key: Key, body: Manifest, look: "_Look") -> Observed:
+        every = self._of(key, POD)
+        pods = {
+            role: [pod for pod in every if pod["metadata"]["labels"].get(names.ROLE) == role]
+            for role in names.ROLES
+        }
+        listing = await self._listing(body, look, pods["decode"])
+        listed = (listing.by_pod.get(index_name(key.namespace, pod), ()) for pod in every)
         return Observed(
             namespace=key.namespace,
             name=key.name,
             generation=int(body["metadata"]["generation"]),
-            spec=spec,
+            spec=look.spec,
+            names=served_names(body) if look.has_names else held_names(body),
             previous=body.get("status") or {},
             deployments=_by_role(self._of(key, DEPLOYMENT)),
-            pods={
-                role: [pod for pod in pods if pod["metadata"]["labels"].get(names.ROLE) == role]
-                for role in names.ROLES
-            },
+            pods=pods,
+            scaled=self._autoscalers.roles(key),
             members=None
             if listing.members is None
-            else [member for member in listing.members if member.pod in prefix],
+            else [member for members in listed for member in members],
             index_error=listing.error,
-            gateways=await self._outside.gateways(),
-            endpoint=self._endpoint,
-            refusal=refusal,
+            gateways=await self._outside.gateways() if look.is_gateways_index else None,
+            endpoint=self._endpoint if look.is_gateways_index else "",
+            refusal=look.refusal,
+            worry=look.worry,
             now=datetime.datetime.now(datetime.UTC),
         )
 
-    def _count(self) -> None:
-        counts = {"True": 0, "False": 0}
-        for key in self._store.all():
-            body = self._store.deployment(key) or {}
-            counts[status.condition(body.get("status") or {}, "Ready").get("status", "False")] += 1
-        for ready, number in counts.items():
-            self._metrics.deployments.labels(ready.lower()).set(number)
+    async def _listing(self, body: Manifest, look: "_Look", decode: Sequence[Manifest]) -> Listing:
+        """The look's; asked for anew where it alone says of a deployment that it is ready no more.
+
+        It is older than the pods: a new one is in the index before it is ready, and then the old
+        one, which it lists, leaves.
+        """
+        namespace = body["metadata"]["namespace"]
+        before = status.condition(body.get("status") or {}, "Ready").get("status")
+        ready = [index_name(namespace, pod) for pod in decode if is_ready(pod)]
+        is_worse = before == "True" and ready and not any(map(look.listing.by_pod.get, ready))
+        if look.url is None or look.listing.members is None or not is_worse:
+            return look.listing
+        return await self._outside.listing(look.url, since=time.monotonic())
+
+    def _number(self, ready: str) -> int:
+        """How many deployments have that status of Ready ("true" or "false")."""
+        bodies = (self._store.deployment(key) or {} for key in self._store.all())
+        said = (status.condition(body.get("status") or {}, "Ready") for body in bodies)
+        return sum(one.get("status", "False").lower() == ready for one in said)
 
 
-class _ForeignError(Exception):
-    """An object of that name exists and is not ours to change."""
+class _Look(NamedTuple):
+    """What one look at a deployment has found out."""
+
+    spec: Spec | None
+    """None: it does not fit the schema."""
+    url: str | None
+    """Of the index; None: the Secret with it is missing."""
+    listing: Listing
+    refusal: Trouble | None
+    """Why the children are not as wanted."""
+    worry: Trouble | None = None
+    """What a person should see to, though what there was is kept up."""
+    is_gateways_index: bool = True
+    """Whether it is in the index that the installation's gateways read."""
+    has_names: bool = False
+    """Whether the names that it wants are its own."""
 
 
-def _must_be_ours(body: Manifest, owner: Owner, kind: str, name: str) -> None:
-    if not _is_ours(body, owner):
-        raise _ForeignError(
-            f"{kind} {name} exists and does not belong to this deployment; "
-            "delete it, or give the deployment another name."
-        )
-
-
-def _is_ours(body: Manifest, owner: Owner) -> bool:
-    references = body["metadata"].get("ownerReferences") or []
-    return any(reference["uid"] == owner.uid for reference in references)
-
-
-def _digest(manifest: Manifest) -> str:
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(manifest))
-
-
-def _version(live: Manifest) -> str:
-    """Changes when anything changes that could be ours: the status of an object does not."""
-    metadata = live["metadata"]
-    parts = [
-        metadata.get("uid"),
-        metadata.get("generation") or metadata.get("resourceVersion"),
-        *(metadata.get(name) for name in ("labels", "ownerReferences")),
-    ]
-    return _digest({"parts": parts})
+def _owner(body: Manifest) -> Owner:
+    return Owner(**{name: body["metadata"][name] for name in ("namespace", "name", "uid")})
 
 
 def _by_role(bodies: list[Manifest]) -> Mapping[names.Role, Manifest]:
@@ -311,10 +240,3 @@ def _explain(error: pydantic.ValidationError) -> str:
         for problem in problems
     ]
     return " ".join(lines)
-
-
-def _rivalry(rival: Key) -> str:
-    return (
-        f"Deployment {rival} is older and serves a name that this one wants; choose another "
-        "spec.model.servedName (or alias), or delete one of the two."
-    )

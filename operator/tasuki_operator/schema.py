@@ -8,87 +8,43 @@ What only a cluster has (resources, placement, secrets) means nothing to `tasuki
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 from pydantic import Field
-from pydantic.alias_generators import to_camel
-from pydantic_core import CoreSchema
 
 from tasuki_common.errors import ConfigError
+from tasuki_common.policy import Policy
+from tasuki_operator.schema_base import (
+    MAX_REPLICAS,
+    KubernetesObject,
+    Model,
+    Name,
+    Positive,
+    SecretKey,
+)
+from tasuki_operator.schema_pods import DecodeSpec, PrefillSpec
 
 _DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 _SOURCE = re.compile(r"^(hf|file|pvc|oci)://(.+)$")
+_REDIS = re.compile(r"^(redis|rediss|redis\+cluster)://[^@ ]+$")
 _HF_ID = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
-MAX_REPLICAS = 1000
 MAX_NAME = 52
 """Of a deployment: its children's names are longer by up to eleven characters, labels have 63."""
 
-Positive = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s,]+$")]
-ObjectName = Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-Label = Annotated[str, Field(max_length=63)]
-Quantity = Annotated[
-    int | str,
-    Field(
-        json_schema_extra={
-            "x-kubernetes-int-or-string": True,
-            "pattern": r"^\d+(\.\d+)?(m|[kMGTPE]i?|)$",
-        }
-    ),
-]
-"""An amount as Kubernetes writes it: 2, "500m", "16Gi"."""
-KubernetesObject = Annotated[
-    dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
-]
-"""A piece of a Kubernetes object that is passed on as it is."""
 
-
-class _Model(pydantic.BaseModel):
-    _rules: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """CEL expressions that must hold, each with the sentence for when it does not."""
-
-    model_config = pydantic.ConfigDict(
-        alias_generator=to_camel,
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        strict=True,
-        use_attribute_docstrings=True,
-    )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core: CoreSchema, handler: pydantic.GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        result = handler.resolve_ref_schema(handler(core))
-        if cls._rules:
-            rules = [{"rule": rule, "message": message} for rule, message in cls._rules]
-            result["x-kubernetes-validations"] = rules
-        return result
-
-
-class Metadata(_Model):
+class Metadata(Model):
     """Kubernetes object metadata, as far as a file has it."""
 
     name: str = Field(pattern=_DNS_LABEL)
     """Name of the deployment; also the served name unless `spec.model.servedName` is set."""
     namespace: str | None = Field(default=None, pattern=_DNS_LABEL)
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
+    labels: dict[str, str] = Field(default={})
+    annotations: dict[str, str] = Field(default={})
 
 
-class SecretKey(_Model):
-    """One entry of a Secret in the deployment's namespace."""
-
-    name: ObjectName
-    """Of the Secret."""
-    key: str = Field(min_length=1, max_length=253)
-    """Of the entry in its data."""
-
-
-class ModelSpec(_Model):
+class ModelSpec(Model):
     """Which weights are served, and under which names."""
 
     _rules = (
@@ -132,7 +88,7 @@ class ModelSpec(_Model):
     aliases: list[Name] = Field(default=[], max_length=32)
     """Other names that clients may send."""
     token_secret: SecretKey | None = None
-    """Token for an `hf://` source that is not open to all."""
+    """Token for an `hf://` source that is not open to all; pods read it when they start."""
 
     @pydantic.field_validator("source")
     @classmethod
@@ -174,7 +130,7 @@ class ModelSpec(_Model):
         return str(folder)
 
 
-class EngineSpec(_Model):
+class EngineSpec(Model):
     """How prefill and decode pods compute; the same for both, so that they can share state."""
 
     _rules = (
@@ -199,7 +155,8 @@ class EngineSpec(_Model):
     max_num_seqs: Positive | None = None
     """Requests computed at once; absent: 256 on CUDA, 32 on the CPU."""
     max_num_batched_tokens: Positive | None = None
-    """Tokens computed in one step; absent: 8192 on CUDA, 512 on the CPU."""
+    """Tokens computed in one step, and a sixteenth more to end a prompt; absent: 8192 on CUDA, 512
+    on the CPU."""
     block_size: int = Field(default=16, ge=8, le=1024)
     """Tokens in a KV block, a power of two; prefixes are shared on this grid."""
     checkpoint_interval: Positive = 256
@@ -218,7 +175,7 @@ class EngineSpec(_Model):
     """Waiting requests beyond which a pod answers 503."""
     cpu_threads: Positive | None = None
     """Threads of one pod on the CPU; absent: half of the cores."""
-    extra: KubernetesObject = {}
+    extra: KubernetesObject = Field(default={})
     """Other settings of the engine, by their names there (`num_window_blocks: 64`)."""
 
     @pydantic.model_validator(mode="after")
@@ -237,87 +194,7 @@ class EngineSpec(_Model):
         return {**self.model_dump(exclude_none=True, exclude={"extra"}), **self.extra}
 
 
-class Resources(_Model):
-    """What one pod asks of its node."""
-
-    requests: dict[str, Quantity] = {"cpu": "500m", "memory": "1Gi"}
-    """What the scheduler sets aside."""
-    limits: dict[str, Quantity] = {}
-    """What the pod may use at most."""
-
-
-class Accelerator(_Model):
-    """Devices of one pod."""
-
-    resource: str = Field(default="nvidia.com/gpu", max_length=317)
-    """Name under which the platform's device plug-in offers them."""
-    count: Positive = 1
-    """How many; the engine computes on one, others are for what a pod template adds."""
-
-
-class EnvVar(_Model):
-    """One environment variable of the engine's container."""
-
-    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)
-    """TASUKI_ names belong to the operator."""
-    value: str | None = None
-    """The text itself."""
-    value_from: KubernetesObject | None = None
-    """A reference, as in a pod: secretKeyRef, configMapKeyRef, fieldRef or resourceFieldRef."""
-
-    _rules = (
-        ("!self.name.startsWith('TASUKI_')", "TASUKI_ variables are set by the operator"),
-        ("has(self.value) != has(self.valueFrom)", "give either value or valueFrom"),
-    )
-
-    @pydantic.model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.name.startswith("TASUKI_"):
-            raise ValueError("TASUKI_ variables are set by the operator")
-        if (self.value is None) == (self.value_from is None):
-            raise ValueError("give either value or valueFrom")
-        return self
-
-
-class PodsSpec(_Model):
-    """Pods of one role."""
-
-    resources: Resources = Resources()
-    """Processor and memory of one pod."""
-    accelerator: Accelerator | None = None
-    """Devices of one pod; absent: it computes on the CPU."""
-    node_selector: dict[str, Label] = {}
-    """Labels that a node must have."""
-    tolerations: list[KubernetesObject] = Field(default=[], max_length=64)
-    """Taints that the pods accept, as in a pod."""
-    affinity: KubernetesObject = {}
-    """Affinity, as in a pod."""
-    image: str | None = Field(default=None, min_length=1, max_length=1024)
-    """Of the engine; absent: the one that belongs to the operator's version."""
-    image_pull_secrets: list[ObjectName] = Field(default=[], max_length=16)
-    """Secrets for the image's registry."""
-    env: list[EnvVar] = Field(default=[], max_length=256)
-    """Further environment variables of the engine."""
-    pod_template: KubernetesObject = {}
-    """Laid over the pod template (`metadata`, `spec`) that the operator makes: mappings are merged,
-    lists of named things by name, anything else replaced."""
-
-
-class PrefillSpec(PodsSpec):
-    """Pods that compute prompts."""
-
-    replicas: int = Field(default=1, ge=0, le=MAX_REPLICAS)
-    """0: decode pods compute their prompts themselves."""
-
-
-class DecodeSpec(PodsSpec):
-    """Pods that take over a prompt's state and generate tokens."""
-
-    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
-    """Number of pods; `kubectl scale` and autoscalers set it."""
-
-
-class TransferSpec(_Model):
+class TransferSpec(Model):
     """How state moves from a prefill pod to a decode pod."""
 
     backends: list[Literal["nixl", "tcp"]] | None = Field(default=None, min_length=1)
@@ -326,17 +203,42 @@ class TransferSpec(_Model):
     lease_seconds: float = Field(default=30.0, gt=0.0, le=3600.0)
     """How long a prefill pod keeps state that nobody fetches or renews."""
     key_secret: SecretKey | None = None
-    """Key that the pods show each other; absent: the operator makes one."""
+    """Key that the pods show each other; absent: the operator makes one. Pods are replaced when it
+    changes."""
 
 
-class PrefixIndexSpec(_Model):
-    """The Redis through which gateways find pods and prefixes."""
+class PrefixIndexSpec(Model):
+    """The Redis through which gateways find pods and prefixes; neither field: the operator's."""
 
+    _rules = (
+        ("!has(self.url) || !has(self.urlSecret)", "give either url or urlSecret"),
+        (
+            "!has(self.url) || self.url.matches('^(redis|rediss|redis[+]cluster)://[^@ ]+$')",
+            "url must begin with redis://, rediss:// or redis+cluster:// and hold no password; "
+            "one with a password belongs into urlSecret",
+        ),
+    )
+
+    url: str | None = Field(default=None, max_length=1024)
+    """Redis of your own that wants no password, as `redis://host:6379`; gateways must use the
+    same."""
     url_secret: SecretKey | None = None
-    """Redis of your own, as a URL; its gateways must use the same. Absent: the operator's."""
+    """Redis of your own, as a URL with its password; gateways must use the same. Pods are replaced
+    when it changes."""
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.url is not None and self.url_secret is not None:
+            raise ValueError("give either url or urlSecret")
+        if self.url is not None and not _REDIS.match(self.url):
+            raise ValueError(
+                "url must begin with redis://, rediss:// or redis+cluster:// and hold no password; "
+                "one with a password belongs into urlSecret"
+            )
+        return self
 
 
-class RolloutSpec(_Model):
+class RolloutSpec(Model):
     """How pods are replaced when the model, the engine or the pods' template changes."""
 
     _rules = (
@@ -364,14 +266,44 @@ class RolloutSpec(_Model):
         return self
 
 
-class GatewaySpec(_Model):
-    """How the gateway treats this model."""
+class GatewayLimits(Model):
+    """What clients of the model may take; absent: as much as it and the gateway can give."""
 
+    max_requests: Positive | None = None
+    """Requests that one gateway serves at a time; one more is answered 429."""
+    max_prompt_tokens: Positive | None = None
+    """Of one prompt; a longer one is answered 400."""
+    max_output_tokens: Positive | None = None
+    """Of one choice; more cannot be asked for, and who asks for none in particular gets these."""
+
+
+class GatewaySpec(Model):
+    """How gateways treat the model. They follow a change within about a minute; no pod is
+    replaced."""
+
+    exposed: bool = True
+    """Whether gateways list and serve the model. Its pods run either way: it can be made ready
+    before clients see it, and be taken from them without being stopped."""
+    api_key_secret: SecretKey | None = None
+    """API keys that open the model, one or more with white space between them, each of 16
+    characters or more; no other key does. The operator hands on digests of them, never the keys.
+    Absent: the gateway's own key opens it, or it is open where the gateway has none."""
+    limits: GatewayLimits = GatewayLimits()
+    """What clients of the model may take."""
     prefill_threshold: int = Field(default=256, ge=0)
     """Prompts with fewer tokens to compute stay on the decode pod: a hand-over costs more."""
 
+    def policy(self, key_digests: tuple[str, ...]) -> Policy:
+        """What the pods announce; `key_digests`: of the keys in `api_key_secret`."""
+        return Policy(
+            exposed=self.exposed,
+            key_digests=key_digests,
+            prefill_threshold=self.prefill_threshold,
+            **self.limits.model_dump(),
+        )
 
-class Spec(_Model):
+
+class Spec(Model):
     """What is served, and by how many pods of each role."""
 
     model: ModelSpec
@@ -384,7 +316,7 @@ class Spec(_Model):
     rollout: RolloutSpec = RolloutSpec()
 
 
-class InferenceDeployment(_Model):
+class InferenceDeployment(Model):
     """A model served by prefill pods and decode pods behind one OpenAI endpoint."""
 
     api_version: Literal["tasuki.dev/v1alpha1"]

@@ -5,22 +5,19 @@ a gateway is there to send it requests. Prefill pods are not needed for that: wi
 pods compute the prompts, and Degraded says so.
 """
 
-import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tasuki_common.messages import Member
-from tasuki_operator import names, troubles
+from tasuki_operator import troubles
 from tasuki_operator.names import ROLES, Role
-from tasuki_operator.schema import Spec
-from tasuki_operator.troubles import Trouble
+from tasuki_operator.observed import Observed
 
 Manifest = dict[str, Any]
 Truth = Literal["True", "False", "Unknown"]
 
 _TEXT = 1024
-_ROLE_CONDITION: Mapping[Role, str] = {"prefill": "PrefillReady", "decode": "DecodeReady"}
 
 
 class Says(NamedTuple):
@@ -31,35 +28,10 @@ class Says(NamedTuple):
     message: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Observed:
-    """All that the status is made from."""
-
-    namespace: str
-    name: str
-    generation: int
-    spec: Spec | None
-    """None: it does not fit the schema, and `refusal` says why."""
-    previous: Manifest
-    """The status as it stands."""
-    deployments: Mapping[Role, Manifest]
-    """Those that exist."""
-    pods: Mapping[Role, Sequence[Manifest]]
-    members: Sequence[Member] | None
-    """Of this deployment, as the index lists them; None: the index does not answer."""
-    index_error: str
-    gateways: int | None
-    """Gateways that are ready; None: not asked."""
-    endpoint: str
-    refusal: Trouble | None
-    """Why the children are not as wanted: the spec, a rival, or the API server."""
-    now: datetime.datetime
-
-
 def of(seen: Observed) -> Manifest:
     """The whole status."""
-    roles = {role: _role(seen, role) for role in ROLES}
-    serving = _serving(seen)
+    roles = {role: seen.counts(role) for role in ROLES}
+    serving = seen.serving()
     pair = _pair(serving)
     says: dict[str, Says] = {
         "Ready": _ready(seen, roles, serving),
@@ -76,8 +48,11 @@ def of(seen: Observed) -> Manifest:
         "decode": roles["decode"],
         "conditions": [_condition(seen, kind, said) for kind, said in says.items()],
     }
+    if seen.names:
+        result["names"] = list(seen.names)
     if seen.spec is not None:
         result["model"] = seen.spec.model.served_name or seen.name
+    if seen.spec is not None and seen.spec.gateway.exposed and seen.endpoint:
         result["endpoint"] = seen.endpoint
     fingerprint = pair[0] if pair else _fingerprint(serving)
     if fingerprint:
@@ -110,50 +85,8 @@ def _condition(seen: Observed, kind: str, said: Says) -> Manifest:
 
 def _sentence(text: str) -> str:
     """Others' words end without a full stop at times."""
+    text = text.rstrip()
     return text if text.endswith((".", "…")) and len(text) <= _TEXT else f"{text[:_TEXT]}."
-
-
-def _role(seen: Observed, role: Role) -> Manifest:
-    wanted = _wanted(seen, role)
-    ready = sum(_is_ready(pod) for pod in seen.pods[role])
-    status = seen.deployments.get(role, {}).get("status") or {}
-    selector = names.selector(seen.name, role)
-    return {
-        "desired": wanted,
-        "replicas": len([pod for pod in seen.pods[role] if not _is_leaving(pod)]),
-        "ready": ready,
-        "updated": int(status.get("updatedReplicas", 0)),
-        "summary": f"{ready}/{wanted}",
-        "selector": ",".join(f"{key}={value}" for key, value in selector.items()),
-    }
-
-
-def _wanted(seen: Observed, role: Role) -> int:
-    if seen.spec is None:
-        before: Manifest = seen.previous.get(role) or {}
-        return int(before.get("desired", 0))
-    return (seen.spec.prefill if role == "prefill" else seen.spec.decode).replicas
-
-
-def _is_leaving(pod: Manifest) -> bool:
-    return bool(pod["metadata"].get("deletionTimestamp"))
-
-
-def _is_ready(pod: Manifest) -> bool:
-    conditions = (pod.get("status") or {}).get("conditions") or []
-    ready = any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
-    return ready and not _is_leaving(pod)
-
-
-def _serving(seen: Observed) -> list[Member]:
-    """Members that are ready by their own word and by Kubernetes'."""
-    ready = {
-        f"{seen.namespace}/{pod['metadata']['name']}"
-        for role in ROLES
-        for pod in seen.pods[role]
-        if _is_ready(pod)
-    }
-    return [member for member in seen.members or () if member.pod in ready and not member.draining]
 
 
 def _pair(serving: Sequence[Member]) -> tuple[str, str] | None:
@@ -172,24 +105,27 @@ def _fingerprint(serving: Sequence[Member]) -> str:
 
 def _ready(seen: Observed, roles: Mapping[Role, Manifest], serving: Sequence[Member]) -> Says:
     answering = sum(member.role == "decode" for member in serving)
-    if seen.members is None:
-        before = condition(seen.previous, "Ready")
-        if before.get("status") == "True" and roles["decode"]["ready"]:
-            return Says("True", "IndexUnreachable", "Gateways go on with the pods they know.")
+    pods = "1 decode pod answers" if answering == 1 else f"{answering} decode pods answer"
+    said = Says("True", "Serving", f"{pods} requests for {_model(seen)}.")
     if not answering:
-        return _not_answering(seen, roles["decode"])
+        before = condition(seen.previous, "Ready").get("status")
+        if seen.members is not None or before != "True" or not roles["decode"]["ready"]:
+            return _not_answering(seen, roles["decode"])
+        said = Says("True", "IndexUnreachable", "Gateways go on with the pods they know.")
+    if seen.spec is not None and not seen.spec.gateway.exposed:
+        text = "Decode pods are ready; spec.gateway.exposed keeps clients away."
+        return Says("True", "NotExposed", text)
     if seen.gateways == 0:
         return Says("False", "NoGateway", "The pods are ready, but no gateway is.")
-    pods = "1 decode pod answers" if answering == 1 else f"{answering} decode pods answer"
-    return Says("True", "Serving", f"{pods} requests for {_model(seen)}.")
+    return said
 
 
 def _not_answering(seen: Observed, decode: Manifest) -> Says:
-    trouble = seen.refusal or troubles.worst(seen.pods["decode"])
+    trouble = seen.trouble("decode")
     if trouble is not None:
         return Says("False", *trouble)
     if seen.members is None:
-        return Says("False", "IndexUnreachable", f"The index is away: {seen.index_error}.")
+        return Says("False", "IndexUnreachable", f"The index is away: {seen.index_error}")
     if decode["ready"]:
         return Says("False", "NotInIndex", "Decode pods are ready, but the index lists none yet.")
     return Says("False", "Starting", "No decode pod is ready yet.")
@@ -203,10 +139,10 @@ def _role_says(seen: Observed, role: Role, counts: Manifest) -> Says:
     wanted, ready = counts["desired"], counts["ready"]
     if wanted == 0:
         return Says("True", "NotWanted", f"No {role} pods are wanted.")
-    if ready >= wanted and not _rolling(seen, role):
+    if ready >= wanted and not seen.is_rolling(role):
         return Says("True", "AllReady", f"{ready} of {wanted} {role} pods are ready.")
     state = f"{ready} of {wanted} {role} pods are ready."
-    trouble = seen.refusal or troubles.worst(seen.pods[role])
+    trouble = seen.trouble(role)
     if trouble is not None:
         return Says("False", trouble.reason, f"{state} {trouble.message}")
     reason = "Rolling" if ready >= wanted else "Starting"
@@ -215,17 +151,17 @@ def _role_says(seen: Observed, role: Role, counts: Manifest) -> Says:
 
 def _index_says(seen: Observed) -> Says:
     if seen.members is None:
-        return Says("False", "Unreachable", f"The index is away: {seen.index_error}.")
+        return Says("False", "Unreachable", f"The index is away: {seen.index_error}")
     return Says("True", "Reachable", f"The index lists {len(seen.members)} pods.")
 
 
 def _transfer_says(seen: Observed, serving: Sequence[Member], pair: tuple[str, str] | None) -> Says:
-    if _wanted(seen, "prefill") == 0:
+    if seen.wanted("prefill") == 0:
         return Says("True", "NotWanted", "Decode pods compute their prompts themselves.")
     if pair is not None:
         return Says("True", "Paired", f"Prefill and decode pods agree on {pair[1]}.")
-    if {member.role for member in serving} != set(ROLES):
-        return Says("False", "Waiting", "A ready pod of each role is needed.")
+    if {member.role for member in serving} != set(ROLES) or any(map(seen.is_rolling, ROLES)):
+        return Says("False", "Waiting", "A ready pod of each role and of one revision is needed.")
     prints = {role: {m.fingerprint for m in serving if m.role == role} for role in ROLES}
     if not prints["prefill"] & prints["decode"]:
         return Says(
@@ -243,35 +179,13 @@ def _list(items: set[str]) -> str:
     return ", ".join(sorted(items))
 
 
-def _rolling(seen: Observed, role: Role) -> bool:
-    """Whether the role's Deployment is not yet what it was last told to be."""
-    deployment = seen.deployments.get(role)
-    if deployment is None:
-        return True
-    status, wanted = deployment.get("status") or {}, deployment["spec"].get("replicas", 1)
-    return (
-        int(status.get("observedGeneration", 0)) < int(deployment["metadata"].get("generation", 0))
-        or int(status.get("updatedReplicas", 0)) < wanted
-        or int(status.get("replicas", 0)) > wanted
-    )
-
-
-def _stuck(seen: Observed, role: Role) -> bool:
-    """Whether the rollout has passed its deadline."""
-    status = seen.deployments.get(role, {}).get("status") or {}
-    return any(
-        item["type"] == "Progressing" and item.get("reason") == "ProgressDeadlineExceeded"
-        for item in status.get("conditions") or []
-    )
-
-
 def _progressing(seen: Observed, roles: Mapping[Role, Manifest]) -> Says:
     if seen.refusal is not None:
         return Says("False", *seen.refusal)
-    stuck = [role for role in ROLES if _stuck(seen, role)]
+    stuck = [role for role in ROLES if seen.is_stuck(role)]
     if stuck:
         return Says("False", "RolloutFailed", _failed_rollout(seen, stuck[0], roles[stuck[0]]))
-    rolling = [role for role in ROLES if _rolling(seen, role)]
+    rolling = [role for role in ROLES if seen.is_rolling(role)]
     if rolling:
         state = " ".join(_counts(role, roles[role]) for role in rolling)
         return Says("True", "Rolling", state)
@@ -290,9 +204,15 @@ def _counts(role: Role, counts: Manifest) -> str:
 
 
 def _failed_rollout(seen: Observed, role: Role, counts: Manifest) -> str:
-    trouble = troubles.worst(seen.pods[role])
-    old = f"{counts['ready']} {role} pods of the old revision go on serving."
-    start = f"The newest {role} pods did not become ready in time; {old}"
+    trouble = seen.trouble(role)
+    status = seen.deployments[role]["status"]
+    old = int(status.get("replicas", 0)) - int(status.get("updatedReplicas", 0))
+    others = (
+        f"{min(old, counts['ready'])} {role} pods of the old revision go on serving."
+        if old > 0
+        else f"{counts['ready']} of {counts['desired']} {role} pods are ready."
+    )
+    start = f"The newest {role} pods did not become ready in time; {others}"
     return f"{start} {trouble.message}" if trouble else start
 
 
@@ -300,9 +220,15 @@ def _degraded(seen: Observed, says: Mapping[str, Says]) -> Says:
     """True for what a person should look at; starting and rolling are no trouble."""
     if seen.refusal is not None:
         return Says("True", *seen.refusal)
+    if seen.worry is not None:
+        return Says("True", *seen.worry)
     if says["Progressing"].reason == "RolloutFailed":
         return Says("True", "RolloutFailed", says["Progressing"].message)
-    trouble = troubles.worst([*seen.pods["decode"], *seen.pods["prefill"]])
+    found = (
+        troubles.worst([*seen.telling("decode"), *seen.telling("prefill")]),
+        *(troubles.of_deployment(seen.deployments.get(role)) for role in ("decode", "prefill")),
+    )
+    trouble = next((trouble for trouble in found if trouble is not None), None)
     if trouble is not None:
         return Says("True", *trouble)
     for kind in ("IndexReady", "TransferReady"):
@@ -310,8 +236,10 @@ def _degraded(seen: Observed, says: Mapping[str, Says]) -> Says:
             return Says("True", says[kind].reason, says[kind].message)
     if says["Ready"].reason == "NoGateway":
         return Says("True", "NoGateway", says["Ready"].message)
-    settled = says["Progressing"].status == "False"
-    if settled and says["Ready"].status == "True" and says["PrefillReady"].status == "False":
+    settled, ready = says["Progressing"].status == "False", says["Ready"]
+    if settled and ready.status == "False":
+        return Says("True", ready.reason, ready.message)
+    if settled and says["PrefillReady"].status == "False":
         return Says(
             "True", "NoPrefill", "No prefill pod is ready; decode pods compute the prompts."
         )

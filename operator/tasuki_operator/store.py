@@ -9,6 +9,9 @@ from tasuki_operator.kinds import INFERENCE_DEPLOYMENT, Kind
 
 Manifest = dict[str, Any]
 
+_BULK = "managedFields"
+"""Of metadata: as large as all the rest, and nobody here reads it."""
+
 
 class Key(NamedTuple):
     """Namespace and name of an InferenceDeployment."""
@@ -20,38 +23,58 @@ class Key(NamedTuple):
         return f"{self.namespace}/{self.name}"
 
 
+class Place(NamedTuple):
+    """Where an object is; another one may follow it there."""
+
+    kind: str
+    namespace: str
+    name: str
+
+
 class Store:
     """InferenceDeployments, and everything that carries the label `names.DEPLOYMENT`."""
 
     def __init__(self) -> None:
         self._deployments: dict[Key, Manifest] = {}
+        self._claims: dict[str, set[Key]] = collections.defaultdict(set)
         self._children: dict[Key, dict[tuple[str, str], Manifest]] = collections.defaultdict(dict)
+        self._bodies: dict[Place, Manifest] = {}
+        self._dropped: dict[Place, int] = {}
+        """Versions in which objects went, since the last list of their kind."""
 
-    def put(self, body: Manifest) -> Key:
-        """Takes in a new or changed object; returns whose it is."""
-        key = key_of(body)
-        if _is_older(body, self._known(key, body)):
-            return key
-        if body["kind"] == INFERENCE_DEPLOYMENT.name:
+    def put(self, body: Manifest) -> set[Key]:
+        """Takes in a new or changed object; returns whose it is, and whose it was until now."""
+        place, key = _place(body), key_of(body)
+        if _version(body) <= self._dropped.get(place, -1) or self._is_older(body):
+            return {key}
+        before = self._take(place)
+        slim = {name: value for name, value in body["metadata"].items() if name != _BULK}
+        self._bodies[place] = body = body | {"metadata": slim}
+        if place.kind == INFERENCE_DEPLOYMENT.name:
             self._deployments[key] = body
+            for name in {*served_names(body), *held_names(body)}:
+                self._claims[name].add(key)
         else:
-            self._children[key][body["kind"], body["metadata"]["name"]] = body
-        return key
+            self._children[key][place.kind, place.name] = body
+        return {key, before or key}
 
-    def drop(self, body: Manifest) -> Key:
+    def drop(self, body: Manifest) -> set[Key]:
         """Forgets a deleted object; returns whose it was."""
-        key = key_of(body)
-        if body["kind"] == INFERENCE_DEPLOYMENT.name:
-            self._deployments.pop(key, None)
-        else:
-            self._children[key].pop((body["kind"], body["metadata"]["name"]), None)
-        if not self._children[key]:
-            del self._children[key]
-        return key
+        place, key = _place(body), key_of(body)
+        if self._is_older(body):
+            return {key}
+        self._dropped[place] = _version(body)
+        return {key, self._take(place) or key}
 
     def known(self, kind: Kind) -> set[tuple[Key, str]]:
         """Whose objects of a kind, and their names; taken before a list that `replace` gets."""
-        return {(key_of(body), body["metadata"]["name"]) for body in self._all(kind)}
+        for place in [place for place in self._dropped if place.kind == kind.name]:
+            del self._dropped[place]
+        return {
+            (key_of(body), place.name)
+            for place, body in self._bodies.items()
+            if place.kind == kind.name
+        }
 
     def replace(
         self, kind: Kind, before: set[tuple[Key, str]], bodies: Iterable[Manifest]
@@ -59,7 +82,8 @@ class Store:
         """Takes a list for the truth; returns whose objects were unknown, or are gone.
 
         Only what a watch lost shows here, and it loses deletions while it is disconnected. What
-        came after `before` was taken may be missing in the list, and stays.
+        came after `before` was taken may be missing in the list, and stays; what went meanwhile
+        may still be listed, and does not come back.
         """
         changed: set[Key] = set()
         listed: set[tuple[Key, str]] = set()
@@ -67,9 +91,9 @@ class Store:
             name, key = body["metadata"]["name"], key_of(body)
             listed.add((key, name))
             found = self.get(kind, key, name)
+            owners = self.put(body)
             if found is None or _uid(found) != _uid(body):
-                changed.add(key)
-            self.put(body)
+                changed |= owners
         for key, name in before - listed:
             gone = self.get(kind, key, name)
             if gone is not None:
@@ -97,28 +121,41 @@ class Store:
         return [body for (name, _), body in found.items() if name == kind.name]
 
     def rival(self, key: Key) -> Key | None:
-        """An older deployment that serves a name that `key` wants to serve."""
+        """Another deployment that has a name which `key` wants: it holds it, or both only want it
+        and the other is older."""
         mine = self._deployments[key]
-        wanted, age = served_names(mine), _age(mine)
-        for other, body in self._deployments.items():
-            if other != key and _age(body) < age and wanted & served_names(body):
-                return other
-        return None
+        owners = {self._owner(name) for name in served_names(mine)} - {key}
+        return min(owners, key=lambda other: _age(self._deployments[other]), default=None)
 
-    def _known(self, key: Key, body: Manifest) -> Manifest | None:
-        if body["kind"] == INFERENCE_DEPLOYMENT.name:
-            return self._deployments.get(key)
-        return self._children.get(key, {}).get((body["kind"], body["metadata"]["name"]))
+    def _owner(self, name: str) -> Key:
+        def rank(key: Key) -> tuple[bool, tuple[str, str]]:
+            body = self._deployments[key]
+            return name not in held_names(body), _age(body)
 
-    def _all(self, kind: Kind) -> list[Manifest]:
-        if kind is INFERENCE_DEPLOYMENT:
-            return list(self._deployments.values())
-        return [
-            body
-            for objects in self._children.values()
-            for (name, _), body in objects.items()
-            if name == kind.name
-        ]
+        return min(self._claims[name], key=rank)
+
+    def _take(self, place: Place) -> Key | None:
+        """Takes out what is known there; whose it was."""
+        body = self._bodies.pop(place, None)
+        if body is None:
+            return None
+        key = key_of(body)
+        if place.kind != INFERENCE_DEPLOYMENT.name:
+            del self._children[key][place.kind, place.name]
+            if not self._children[key]:
+                del self._children[key]
+            return key
+        del self._deployments[key]
+        for name in {*served_names(body), *held_names(body)}:
+            self._claims[name].discard(key)
+            if not self._claims[name]:
+                del self._claims[name]
+        return key
+
+    def _is_older(self, body: Manifest) -> bool:
+        """Whether an event or a list tells what an answer to a write has overtaken."""
+        known = self._bodies.get(_place(body))
+        return known is not None and _version(body) < _version(known)
 
 
 def key_of(body: Manifest) -> Key:
@@ -129,17 +166,25 @@ def key_of(body: Manifest) -> Key:
     return Key(metadata["namespace"], metadata["labels"][names.DEPLOYMENT])
 
 
-def served_names(body: Manifest) -> set[str]:
-    """Names under which clients know the deployment."""
+def served_names(body: Manifest) -> list[str]:
+    """Names under which clients shall know the deployment."""
     model = body.get("spec", {}).get("model", {})
-    return {model.get("servedName") or body["metadata"]["name"], *model.get("aliases", [])}
+    wanted = (model.get("servedName") or body["metadata"]["name"], *model.get("aliases", []))
+    return list(dict.fromkeys(wanted))
 
 
-def _is_older(body: Manifest, known: Manifest | None) -> bool:
-    """Whether a watch tells what an answer to a write has told before; versions only grow."""
-    if known is None or _uid(known) != _uid(body):
-        return False
-    return int(body["metadata"]["resourceVersion"]) < int(known["metadata"]["resourceVersion"])
+def held_names(body: Manifest) -> list[str]:
+    """Names that it was given, and that nobody takes from it while it wants them."""
+    return list((body.get("status") or {}).get("names") or [])
+
+
+def _place(body: Manifest) -> Place:
+    return Place(body["kind"], body["metadata"]["namespace"], body["metadata"]["name"])
+
+
+def _version(body: Manifest) -> int:
+    """Versions only grow, of one object and of those that follow it in its place."""
+    return int(body["metadata"]["resourceVersion"])
 
 
 def _uid(body: Manifest) -> str:

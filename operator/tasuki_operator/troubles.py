@@ -13,6 +13,8 @@ _NO_MODEL = re.compile(
 )
 _PULLS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _LAST_LINE = 300
+_ORDERS = 1
+"""Ends in good order that are no trouble: a probe may have asked for one."""
 
 
 class Trouble(NamedTuple):
@@ -28,6 +30,12 @@ def worst(pods: Iterable[Manifest]) -> Trouble | None:
     return min(found, key=lambda trouble: trouble.reason == "Unschedulable", default=None)
 
 
+def is_over(pod: Manifest) -> bool:
+    """Whether it has ended for good, as evicted pods do: its Deployment replaces it, and it stays
+    as a record for long."""
+    return (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded")
+
+
 def of_pod(pod: Manifest) -> Trouble | None:
     """What is wrong with the pod; None when it serves, starts or leaves as it should."""
     metadata, status = pod["metadata"], pod.get("status") or {}
@@ -36,14 +44,24 @@ def of_pod(pod: Manifest) -> Trouble | None:
         return None
     if status.get("phase") == "Failed":
         why = status.get("message") or status.get("reason") or "no reason was given"
-        return Trouble(str(status.get("reason") or "PodFailed"), f"Pod {name} failed: {why}.")
+        return Trouble(str(status.get("reason") or "PodFailed"), f"Pod {name} failed: {why}")
     for condition in status.get("conditions") or []:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             text = condition.get("message") or "no node was found"
             return Trouble("Unschedulable", f"Pod {name} has no node: {text}")
-    containers = status.get("containerStatuses") or []
+    kinds = ("initContainerStatuses", "containerStatuses")
+    containers = (container for kind in kinds for container in status.get(kind) or [])
     found = (_of_container(name, container) for container in containers)
     return next((trouble for trouble in found if trouble is not None), None)
+
+
+def of_deployment(deployment: Manifest | None) -> Trouble | None:
+    """Why a Deployment has no pods to look at: a quota, Pod Security, or another admission."""
+    for condition in ((deployment or {}).get("status") or {}).get("conditions") or []:
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            text = condition.get("message") or "no reason was given"
+            return Trouble("PodsRefused", f"Pods may not be made: {text}")
+    return None
 
 
 def _of_container(pod: str, status: Manifest) -> Trouble | None:
@@ -53,14 +71,22 @@ def _of_container(pod: str, status: Manifest) -> Trouble | None:
     if reason in _PULLS:
         return Trouble("ImagePull", f"Pod {pod} cannot get image {status['image']}: {text}")
     if reason == "CreateContainerConfigError":
-        missing = "SecretMissing" if "secret" in text else "ConfigurationMissing"
-        return Trouble(missing, f"Pod {pod} cannot start: {text}.")
+        return Trouble(_missing(text), f"Pod {pod} cannot start: {text}")
     if reason in ("CreateContainerError", "RunContainerError"):
         return Trouble("CannotStart", f"Pod {pod} cannot start: {text}")
     ended = state.get("terminated") or (status.get("lastState") or {}).get("terminated")
-    if status.get("ready") or not ended or ended.get("exitCode") == 0:
+    if status.get("ready") or not ended:
+        return None
+    if ended.get("exitCode") == 0 and int(status.get("restartCount", 0)) <= _ORDERS:
         return None
     return _of_end(pod, ended, int(status.get("restartCount", 0)))
+
+
+def _missing(text: str) -> str:
+    """What kind of thing the kubelet misses, by its own words."""
+    if "secret" in text.lower():
+        return "SecretMissing"
+    return "ConfigurationMissing" if "configmap" in text.lower() else "CannotStart"
 
 
 def _of_end(pod: str, ended: Manifest, restarts: int) -> Trouble:
@@ -79,7 +105,9 @@ def _of_end(pod: str, ended: Manifest, restarts: int) -> Trouble:
     if ended.get("exitCode") == 2:
         return Trouble("ConfigurationRefused", f"Pod {pod} refuses its settings. {last}")
     code = ended.get("exitCode")
-    return Trouble("CrashLoop", f"Pod {pod} ended with {code}, {restarts} times so far.{tail}")
+    slow = " It may have been told to, by its startup probe: see spec.rollout.startSeconds."
+    why = slow if code == 0 else ""
+    return Trouble("CrashLoop", f"Pod {pod} ended with {code}, {restarts} times so far.{why}{tail}")
 
 
 def last_line(output: str) -> str:

@@ -74,7 +74,7 @@ class WorkQueue:
             again = await reconcile(key)
         except Exception as error:  # whatever it was: others must go on, this one tries again
             result, again = "error", self._delay(key)
-            self._metrics.reconcile_errors.labels(type(error).__name__).inc()
+            self._metrics.reconcile_failures.labels(type(error).__name__).inc()
             tell = log.warning if isinstance(error, _EXPECTED) else log.exception
             tell(
                 "reconcile_failed",
@@ -84,6 +84,7 @@ class WorkQueue:
             )
         else:
             self._failures.pop(key, None)
+        self._metrics.failing_deployments.set(len(self._failures))
         seconds = asyncio.get_running_loop().time() - begun
         self._metrics.reconcile_seconds.labels(result).observe(seconds)
         if again is not None:

@@ -4,12 +4,15 @@ import copy
 import json
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
+from tasuki_common.policy import Policy
 from tasuki_common.settings import load
 from tasuki_operator import builders, names, pods
 from tasuki_operator.builders import Owner, Surroundings
+from tasuki_operator.credentials import Credentials
 from tasuki_operator.kinds import BY_NAME
 from tasuki_operator.names import ROLES
 from tasuki_operator.schema import Spec
@@ -30,8 +33,11 @@ def spec(**fields: Any) -> Spec:
     return Spec.model_validate({"model": {"source": "hf://org/name"}, **fields})
 
 
-def children(given: Spec, uid: str | None = "s-1") -> dict[tuple[str, str], Manifest]:
-    made = builders.desired(OWNER, given, AROUND, uid)
+KNOWN = Credentials("d-1")
+
+
+def children(given: Spec, known: Credentials = KNOWN) -> dict[tuple[str, str], Manifest]:
+    made = builders.desired(OWNER, given, AROUND, known)
     found = {(child["kind"], child["metadata"]["name"]): child for child in made}
     assert len(found) == len(made)
     return found
@@ -59,6 +65,7 @@ def test_a_deployment_has_one_child_of_each_kind_for_each_role() -> None:
     assert set(children(spec())) == wanted | {
         ("ServiceAccount", "granite"),
         ("ConfigMap", config),
+        ("ConfigMap", "granite-gateway"),
     }
 
 
@@ -96,6 +103,7 @@ def test_the_pods_own_settings_reader_takes_the_environment(role: str) -> None:
     data = children(given)["ConfigMap", config_map["name"]]["data"]
     values |= {
         "TASUKI_ENGINE": data[config_map["key"]],
+        "TASUKI_POLICY_FILE": "",
         "TASUKI_TRANSFER_KEY": "secret",
         "TASUKI_ADVERTISE_HOST": "10.0.0.1",
         "TASUKI_TRANSFER_HOST": "10.0.0.1",
@@ -115,6 +123,21 @@ def test_variables_are_defined_before_those_that_refer_to_them() -> None:
         if isinstance(value, str) and "$(" in value:
             for used in value.replace(")", "$(").split("$(")[1::2]:
                 assert order.index(used) < order.index(name)
+
+
+def test_a_variable_of_the_users_takes_the_place_of_ours() -> None:
+    mine = [{"name": "HOME", "value": "/mine"}, {"name": "POD_IP", "value": "::1"}]
+    given = spec(decode={"env": [*mine, {"name": "LAST", "value": "1"}]})
+    order = [item["name"] for item in pod(given, "decode")["spec"]["containers"][0]["env"]]
+    assert len(order) == len(set(order)), "the API server refuses one that is there twice"
+    assert environment(given, "decode")["HOME"] == "/mine"
+    assert order.index("POD_IP") < order.index("TASUKI_ADVERTISE_HOST")
+    assert order[-1] == "LAST"
+
+
+def test_a_variable_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="A twice"):
+        spec(decode={"env": [{"name": "A", "value": value} for value in "12"]})
 
 
 def test_a_pod_may_leave_in_peace_as_long_as_its_leases_last() -> None:
@@ -179,8 +202,20 @@ def test_only_its_own_pods_reach_the_transfer_and_only_gateways_and_prometheus_t
     assert namespaces == ["tasuki-system", "monitoring"]
 
 
-def test_a_new_transfer_secret_brings_new_pods() -> None:
-    old, new = (children(spec(), uid) for uid in ("s-1", "s-2"))
+def test_nixl_listens_on_ports_that_its_pods_may_reach_and_tcp_alone_opens_none() -> None:
+    first, last = names.NIXL_PORTS
+    gpus = spec(**{role: {"accelerator": {}} for role in ROLES})
+    for role in ROLES:
+        assert environment(gpus, role)["UCX_TCP_PORT_RANGE"] == f"{first}-{last}"
+        policy = children(gpus)["NetworkPolicy", f"granite-{role}"]["spec"]
+        rule = policy["ingress"][1]
+        assert rule["from"] == [{"podSelector": {"matchLabels": {names.DEPLOYMENT: "granite"}}}]
+        assert rule["ports"][-1] == {"protocol": "TCP", "port": first, "endPort": last}
+        assert "UCX_TCP_PORT_RANGE" not in environment(spec(), role)
+
+
+def test_new_secrets_bring_new_pods() -> None:
+    old, new = (children(spec(), Credentials(digest)) for digest in ("d-1", "d-2"))
     for role in ROLES:
         name = ("Deployment", f"granite-{role}")
         assert old[name]["spec"]["template"] != new[name]["spec"]["template"]
@@ -191,6 +226,49 @@ def test_a_given_key_is_used_and_none_is_made_up() -> None:
     assert environment(given, "decode")["TASUKI_TRANSFER_KEY"] == {
         "secretKeyRef": {"name": "mine", "key": "k"}
     }
+
+
+def test_what_gateways_allow_is_in_a_file_that_pods_can_read_and_no_reason_for_new_pods() -> None:
+    limits = {"maxRequests": 5, "maxPromptTokens": 6, "maxOutputTokens": 7}
+    given = spec(gateway={"exposed": False, "limits": limits, "prefillThreshold": 8})
+    known = Credentials("d-1", ("digest",))
+    made = children(given, known)
+    data = made["ConfigMap", "granite-gateway"]["data"]["policy.json"]
+    assert msgspec.json.decode(data, type=Policy) == Policy(
+        exposed=False,
+        key_digests=("digest",),
+        max_requests=5,
+        max_prompt_tokens=6,
+        max_output_tokens=7,
+        prefill_threshold=8,
+    )
+    for role in ROLES:
+        template = made["Deployment", f"granite-{role}"]["spec"]["template"]
+        assert template == pod(spec(), role)
+        mounts = {item["name"]: item for item in template["spec"]["containers"][0]["volumeMounts"]}
+        assert "subPath" not in mounts["policy"], "it would never change"
+        path = environment(given, role)["TASUKI_POLICY_FILE"]
+        assert path == f"{mounts['policy']['mountPath']}/policy.json"
+        volumes = {item["name"]: item for item in template["spec"]["volumes"]}
+        assert volumes["policy"]["configMap"] == {"name": "granite-gateway"}
+
+
+def test_a_redis_without_a_password_stands_in_the_template_and_one_with_it_does_not() -> None:
+    plain = spec(prefixIndex={"url": "rediss://managed:6380"})
+    assert environment(plain, "decode")["TASUKI_REDIS_URL"] == "rediss://managed:6380"
+    secret = spec(prefixIndex={"urlSecret": {"name": "redis", "key": "url"}})
+    assert environment(secret, "decode")["TASUKI_REDIS_URL"] == {
+        "secretKeyRef": {"name": "redis", "key": "url"}
+    }
+    assert environment(spec(), "decode")["TASUKI_REDIS_URL"] == AROUND.redis_url
+
+
+def test_pods_spread_over_nodes_where_they_can() -> None:
+    for role in ROLES:
+        (spread,) = pod(spec(), role)["spec"]["topologySpreadConstraints"]
+        assert spread["topologyKey"] == "kubernetes.io/hostname"
+        assert spread["whenUnsatisfiable"] == "ScheduleAnyway"
+        assert spread["labelSelector"]["matchLabels"] == names.selector("granite", role)
 
 
 def test_an_overlay_merges_containers_by_name() -> None:
@@ -221,7 +299,6 @@ _JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(_JSON, _JSON)
 def test_overlays_of_any_shape_lay_and_laying_twice_changes_nothing(base: Any, over: Any) -> None:
     once = pods.overlay(base, over)

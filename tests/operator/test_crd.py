@@ -1,5 +1,6 @@
 """The CRD and its page are what the models say, and the API server's rules say the same."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ def test_defaults_of_mappings_are_left_to_their_fields() -> None:
     for path, node in nodes(whole()["properties"]["spec"]):
         if "properties" in node and "default" in node:
             assert node["default"] == {} or "x-kubernetes-validations" in node, path
+
+
+@pytest.mark.parametrize(
+    ("amount", "is_one"),
+    [
+        *((text, True) for text in ("2", "0.5", "500m", "64Ki", "16Gi", "1.5Ti", "100k", "1e9")),
+        *((text, False) for text in ("", "many", "16GB", "64ki", "2mi", "-1", "1 Gi", "Gi")),
+    ],
+)
+def test_amounts_are_those_that_kubernetes_writes(amount: str, is_one: bool) -> None:
+    resources = whole()["properties"]["spec"]["properties"]["decode"]["properties"]["resources"]
+    pattern = resources["properties"]["limits"]["additionalProperties"]["pattern"]
+    assert bool(re.search(pattern, amount)) == is_one
 
 
 def test_the_smallest_spec_is_a_source() -> None:
