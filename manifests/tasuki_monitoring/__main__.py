@@ -1,4 +1,4 @@
-"""Writes the dashboards and docs/metrics.md into the repository."""
+"""Writes the dashboards, the rules and docs/metrics.md into the repository."""
 
 import json
 import sys
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from tasuki_monitoring import reference
+from tasuki_monitoring import reference, rules
 from tasuki_monitoring.deployment import deployment
 from tasuki_monitoring.fleet import fleet
 from tasuki_monitoring.hand_over import hand_over
 from tasuki_monitoring.operator import operator
 
 ROOT = Path(__file__).parents[2]
-_DASHBOARDS = Path("manifests/components/monitoring/dashboards")
+_COMPONENT = Path("manifests/components/monitoring")
 _BOARDS = {
     "fleet": fleet,
     "deployment": deployment,
@@ -25,13 +25,17 @@ _BOARDS = {
 def files() -> dict[Path, str]:
     """What is generated, by path from the repository's root."""
     boards = {
-        _DASHBOARDS / f"{name}.json": json.dumps(
+        _COMPONENT / f"dashboards/{name}.json": json.dumps(
             make().build(), cls=JSONEncoder, indent=1, sort_keys=True
         )
         + "\n"
         for name, make in _BOARDS.items()
     }
-    return {**boards, Path("docs/metrics.md"): reference.page()}
+    return {
+        **boards,
+        _COMPONENT / "rules.yaml": rules.page(),
+        Path("docs/metrics.md"): reference.page(),
+    }
 
 
 def main() -> int:

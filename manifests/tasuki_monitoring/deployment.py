@@ -42,7 +42,7 @@ def _tokens(role: str, where: str) -> Panel:
         f"{role}: tokens per second",
         "short",
         "Prefill computes prompts; decode computes only what was not handed over, and samples.",
-        Query(rate("tasuki_prompt_tokens_total", where), "prompt"),
+        Query(rate("tasuki_prompt_tokens_computed_total", where), "prompt"),
         Query(rate("tasuki_generated_tokens_total", where), "generated"),
         span=12,
     )
@@ -104,7 +104,7 @@ def _streams(where: str) -> tuple[Panel, ...]:
             "Between tokens",
             "s",
             "Of one choice.",
-            *quantiles("tasuki_inter_token_latency_seconds", where),
+            *quantiles("tasuki_inter_token_seconds", where),
         ),
         graph(
             "Until admitted",

@@ -121,7 +121,7 @@ def _routes() -> tuple[Panel, ...]:
             "Prompts by route",
             "reqps",
             "prefill: computed elsewhere and handed over. local: too little to compute for a hop.",
-            Query(rate(f"{prefix}_routed_total", by="kind"), "{{kind}}"),
+            Query(rate(f"{prefix}_routed_total", by="route"), "{{route}}"),
         ),
         graph(
             "Legs that failed",
@@ -141,7 +141,10 @@ def _routes() -> tuple[Panel, ...]:
             "Prompt tokens already held",
             "percentunit",
             "Share of prompt tokens that the chosen decode pod held, by the index.",
-            Query(share(f"{prefix}_hit_depth_tokens_sum", f"{prefix}_prompt_tokens_total"), "held"),
+            Query(
+                share(f"{prefix}_prefix_hit_depth_tokens_sum", f"{prefix}_prompt_tokens_total"),
+                "held",
+            ),
             span=12,
         ),
     )

@@ -102,6 +102,6 @@ def _prefixes() -> tuple[Panel, ...]:
             "Look-ups without an answer",
             "reqps",
             "Of gateways to the index. Requests go on, routed by load alone.",
-            Query(rate("tasuki_gateway_index_errors_total"), "failed"),
+            Query(rate("tasuki_gateway_index_failures_total"), "failed"),
         ),
     )

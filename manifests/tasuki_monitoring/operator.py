@@ -65,7 +65,7 @@ def _work() -> tuple[Panel, ...]:
             "Reconciles that failed",
             "ops",
             "Tried again with growing pauses; by cause.",
-            Query(rate(f"{prefix}_reconcile_errors_total", by="reason"), "{{reason}}"),
+            Query(rate(f"{prefix}_reconcile_failures_total", by="reason"), "{{reason}}"),
         ),
         graph(
             "Children applied",

@@ -9,9 +9,10 @@ _HEAD = """# Metrics
 `GET /metrics` of each process, in Prometheus' text format. Counters end in `_total`, times are in
 seconds, and a name says its unit. Histograms have the usual `_bucket`, `_sum` and `_count`.
 
-In a cluster, PodMonitors (made by the operator for each InferenceDeployment, where that API exists)
-and ServiceMonitors (`manifests/components/monitoring`) have Prometheus read them all, and add
-`namespace`, `pod` and, for the pods of an InferenceDeployment, `tasuki_dev_deployment`.
+In a cluster, PodMonitors have Prometheus read them all: the operator makes them for each
+InferenceDeployment, where that API exists, and `manifests/components/monitoring` has those of
+gateways and operator. They add `namespace`, `pod` and, for the pods of an InferenceDeployment,
+`tasuki_dev_deployment` and `tasuki_dev_role`.
 
 A hand-over that failed costs time, never tokens: `tasuki_transfer_failures_total` says why it did.
 """
@@ -36,7 +37,7 @@ VLLM = (
     (
         "vllm:prompt_tokens_total",
         "tasuki_gateway_prompt_tokens_total",
-        "of answered requests; `tasuki_prompt_tokens_total` counts what pods computed",
+        "of answered requests; `tasuki_prompt_tokens_computed_total` counts what pods computed",
     ),
     (
         "vllm:generation_tokens_total",
@@ -51,7 +52,7 @@ VLLM = (
         "with waiting, prefill and hand-over; `tasuki_time_to_first_token_seconds` is from arrival "
         "at the decode pod",
     ),
-    ("vllm:inter_token_latency_seconds", "tasuki_inter_token_latency_seconds", ""),
+    ("vllm:inter_token_latency_seconds", "tasuki_inter_token_seconds", ""),
     ("vllm:e2e_request_latency_seconds", "tasuki_gateway_request_seconds", ""),
     (
         "vllm:request_queue_time_seconds",

@@ -1,11 +1,13 @@
 """Dashboards, rules and the page of metrics fit the code that measures, and Prometheus' grammar."""
 
-import json
 import re
-from collections.abc import Iterator
+import typing
 from pathlib import Path
 from typing import Any
 
+import alert_faults
+import cluster_faults
+import dashboards
 import outside_tools
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from prometheus_client import generate_latest
 from tasuki_gateway import metrics as gateway_metrics
 from tasuki_monitoring import __main__ as generator, catalog, reference
 from tasuki_operator.metrics import Metrics as OperatorMetrics
+from tasuki_transfer.base import Outcome
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -23,20 +26,6 @@ ALERTS = [rule for group in RULES["groups"] for rule in group["rules"] if "alert
 TESTS = yaml.safe_load((HERE / "alerts.yaml").read_text())["tests"]
 _NAME = re.compile(r"\btasuki_\w+|\b\w+:tasuki_\w+:\w+|\btasuki:\w+:\w+")
 _LABELS = {"tasuki_dev_deployment"}
-
-
-def panels() -> Iterator[tuple[str, str]]:
-    """(dashboard and panel, query), of all dashboards."""
-    for path in sorted((MONITORING / "dashboards").glob("*.json")):
-        for panel in json.loads(path.read_text())["panels"]:
-            for target in panel.get("targets", ()):
-                yield f"{path.stem}: {panel['title']}", target["expr"]
-
-
-def filled(query: str) -> str:
-    """A query with Grafana's variables filled in."""
-    query = query.replace("$__rate_interval", "1m")
-    return re.sub(r"\$\w+", ".*", query)
 
 
 @pytest.fixture
@@ -58,7 +47,8 @@ def test_the_kustomization_brings_every_dashboard() -> None:
 def test_queries_use_metrics_that_exist() -> None:
     rules = [rule for group in RULES["groups"] for rule in group["rules"]]
     known = catalog.series() | {rule["record"] for rule in rules if "record" in rule} | _LABELS
-    queries = [*panels(), *((rule.get("alert", "record"), rule["expr"]) for rule in rules)]
+    asked = ((rule.get("alert", "record"), rule["expr"]) for rule in rules)
+    queries = [*dashboards.panels(*dashboards.ALL), *asked]
     unknown = {
         (where, name)
         for where, query in queries
@@ -74,6 +64,12 @@ def test_every_metric_of_vllm_has_one_of_ours() -> None:
     assert {ours for _, ours, _ in reference.VLLM} <= names
 
 
+@pytest.mark.parametrize("outcome", typing.get_args(Outcome))
+def test_ends_of_leases_are_counted_from_zero(outcome: str) -> None:
+    sample = f'tasuki_leases_ended_total{{outcome="{outcome}",role="decode"}} 0.0'
+    assert sample in catalog.pod_text().splitlines()
+
+
 def test_names_follow_prometheus_conventions(promtool: str, tmp_path: Path) -> None:
     texts = [
         generate_latest(gateway_metrics.registry).decode(),
@@ -87,8 +83,10 @@ def test_names_follow_prometheus_conventions(promtool: str, tmp_path: Path) -> N
 
 def test_prometheus_accepts_every_rule_and_every_query(promtool: str, tmp_path: Path) -> None:
     queries = [
-        {"record": f"panel:query:{number}", "expr": filled(query)}
-        for number, (_, query) in enumerate(panels())
+        {"record": f"panel:query:{number}", "expr": asked.query}
+        for number, asked in enumerate(
+            dashboards.panels(*dashboards.ALL) + dashboards.variables(*dashboards.ALL)
+        )
     ]
     for name, groups in (("rules", RULES["groups"]), ("panels", [_group(queries)])):
         file = tmp_path / f"{name}.yaml"
@@ -134,3 +132,8 @@ def test_alerts_fire_when_their_fault_is_there_and_clear_after(
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
     (tmp_path / "alerts.yaml").write_text((HERE / "alerts.yaml").read_text())
     outside_tools.run(promtool, "test", "rules", tmp_path / "alerts.yaml")
+
+
+def test_every_alert_has_a_fault_that_makes_it_fire_with_real_processes() -> None:
+    faults = (*alert_faults.FAULTS, *cluster_faults.FAULTS)
+    assert {name for _, due in faults for name in due} == {alert["alert"] for alert in ALERTS}

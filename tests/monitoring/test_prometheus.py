@@ -1,143 +1,85 @@
-"""A real Prometheus reads a real relay under load: every panel and every rule has data.
+"""Debian's Prometheus reads a real relay: panels and rules have data under load, and each alert
+about a relay fires while its fault lasts and clears after. A minute of the rules is a second here.
 
-The operator's dashboard needs a cluster, and is left to the tests that have one.
+What is about the operator needs a cluster, and is left to the tests that have one.
 """
 
-import json
-import math
-import re
-import threading
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-import httpx
+import dashboards
 import outside_tools
 import pytest
 import tiny_models
-import yaml
+from alert_faults import FAULTS, Clients, Fault
 from fresh_seed import fresh_seed
-from prometheus_server import Prometheus
+from prometheus_server import Prometheus, of_relay
 from relays import Relay, running
+
+from tasuki_monitoring import rules
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-MONITORING = Path(__file__).parents[2] / "manifests/components/monitoring"
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 90.0
+RULES = rules.spec(rules.Clock(minute=1))
 NO_OPERATOR = {"TasukiOperatorAbsent"}
 """What fires here all the time, rightly."""
 
 
-def faster(rules: dict[str, Any]) -> dict[str, Any]:
-    """The rules with minutes as seconds, so that a test need not wait."""
-    text = re.sub(
-        r"\[(\d+)m(:1m)?\]", lambda m: f"[{m[1]}s{':1s' if m[2] else ''}]", json.dumps(rules)
-    )
-    text = re.sub(r'"(for|interval)": "\d+[ms]"', r'"\1": "1s"', text)
-    return dict(json.loads(text))
-
-
-def rules() -> dict[str, Any]:
-    return faster(yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"])
-
-
-def panels() -> list[tuple[str, str]]:
-    """(panel, query) of the dashboards for what runs here."""
-    found = []
-    for name in ("fleet", "deployment", "hand_over"):
-        board = json.loads((MONITORING / f"dashboards/{name}.json").read_text())
-        found += [
-            (f"{name}: {panel['title']}", target["expr"])
-            for panel in board["panels"]
-            for target in panel.get("targets", ())
-        ]
-    return found
-
-
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    """Two decode pods of few blocks; leases that end soon."""
     folder = tmp_path_factory.mktemp("monitored")
     model = tiny_models.make("granite_hybrid", folder, fresh_seed())
-    with running(Relay(folder / "relay", model, transports=("tcp",))) as relay:
-        yield relay
+    relay = Relay(
+        folder / "relay",
+        model,
+        transports=("tcp", "tcp"),
+        engine={"num_blocks": 60, "max_num_seqs": 4},
+        prefill_engine={"num_blocks": 2000, "num_state_slots": 200, "max_num_seqs": 32},
+        gateway_flags=("--patience=1",),
+        lease_seconds=2.0,
+        drain_seconds=1.0,
+    )
+    with running(relay) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def prometheus(relay: Relay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     executable = outside_tools.debian("prometheus", "prometheus")
-    targets = [(relay.url.removeprefix("http://"), {"namespace": "system", "pod": "gateway"})]
-    for pod in relay.pods:
-        labels = {"namespace": "models", "tasuki_dev_deployment": "tiny"}
-        address = f"127.0.0.1:{pod.flags['port']}"
-        targets.append((address, {**labels, "pod": str(pod.flags["pod_name"])}))
     folder = tmp_path_factory.mktemp("prometheus")
-    with Prometheus(executable, folder, targets, rules()) as server:
+    with Prometheus(executable, folder, [of_relay(relay)], RULES) as server:
         yield server
 
 
-@pytest.fixture
-def load(relay: Relay) -> Iterator[None]:
-    """One client after the other asks, until the test is over."""
-    over = threading.Event()
-
-    def ask() -> None:
-        number = 0
-        while not over.is_set():
-            number += 1
-            prompt = [5 + (number * 7 + i) % 90 for i in range(120)]
-            body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "stream": True}
-            httpx.post(f"{relay.url}/v1/completions", json=body, timeout=60)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        yield
-    finally:
-        over.set()
-        asking.join(60)
-
-
-def until(true: Callable[[], bool], what: Callable[[], str]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not true():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.5)
-
-
-@pytest.mark.usefixtures("load")
-def test_every_panel_and_every_recording_rule_has_data_under_load(prometheus: Prometheus) -> None:
-    recorded = [
-        (rule["record"], rule["record"])
-        for group in rules()["groups"]
-        for rule in group["rules"]
-        if "record" in rule
-    ]
+def test_every_panel_variable_and_recording_rule_has_data_under_load(
+    relay: Relay, prometheus: Prometheus
+) -> None:
+    boards = ("fleet", "deployment", "hand_over")
     queries = [
-        (name, re.sub(r"\$\w+", ".*", query.replace("$__rate_interval", "15s")))
-        for name, query in [*panels(), *recorded]
+        *dashboards.panels(*boards, window="15s"),
+        *dashboards.variables(*boards),
+        *dashboards.recorded(RULES),
     ]
-
-    def without_data() -> list[tuple[str, str]]:
-        return [
-            (name, query)
-            for name, query in queries
-            if not any(math.isfinite(value) for value in prometheus.query(query))
-        ]
-
-    until(lambda: not without_data(), lambda: f"no data: {without_data()}")
-    assert prometheus.query("sum(tasuki_transfer_bytes_total)")[0] > 0
-    assert prometheus.firing() <= NO_OPERATOR
+    with Clients(relay.url, 1):
+        dashboards.wait_for_data(prometheus, queries, WAIT_SECONDS)
+        assert prometheus.query("sum(tasuki_transfer_bytes_total)")[0] > 0
+        every = [one for group in RULES["groups"] for one in group["rules"]]
+        alerts = frozenset(one["alert"] for one in every if "alert" in one)
+        prometheus.wait_clear(alerts - NO_OPERATOR, WAIT_SECONDS)
 
 
-@pytest.mark.usefixtures("load")
-def test_a_lost_index_is_an_alert_until_it_is_back(relay: Relay, prometheus: Prometheus) -> None:
-    assert relay.redis is not None
-    relay.redis.stop()
-    try:
-        until(lambda: "TasukiIndexUnreachable" in prometheus.firing(), lambda: "it does not fire")
-    finally:
-        relay.redis.start()
-    until(
-        lambda: prometheus.firing() == NO_OPERATOR, lambda: f"still firing: {prometheus.firing()}"
-    )
+@pytest.mark.parametrize(("fault", "due"), FAULTS, ids=lambda one: getattr(one, "__name__", ""))
+def test_alerts_fire_while_their_fault_lasts_and_clear_after(
+    relay: Relay, prometheus: Prometheus, fault: Fault, due: frozenset[str]
+) -> None:
+    whole = [
+        dashboards.Asked(role, f'tasuki_gateway_pods{{role="{role}"}} > 0')
+        for role in ("prefill", "decode")
+    ]
+    with Clients(relay.url, 2):
+        dashboards.wait_for_data(prometheus, whole, WAIT_SECONDS)  # what it never saw is not missed
+        prometheus.wait_clear(due, WAIT_SECONDS)
+        with fault(relay):
+            prometheus.wait_fired(due, WAIT_SECONDS)
+        prometheus.wait_clear(due, WAIT_SECONDS)

@@ -6,31 +6,46 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import plain_http
 import yaml
 from redis_server import free_port
+from relays import Relay
 
 START_SECONDS = 30.0
+Job = dict[str, Any]
+"""An entry of `scrape_configs`."""
+
+
+def static(*targets: tuple[str, dict[str, str]]) -> Job:
+    """Reads (host:port, labels) each."""
+    entries = [{"targets": [address], "labels": labels} for address, labels in targets]
+    return {"job_name": "static", "static_configs": entries}
+
+
+def of_relay(relay: Relay) -> Job:
+    """Reads the gateway and the pods of a relay, with the labels they would have in a cluster."""
+    targets = [(relay.url.removeprefix("http://"), {"namespace": "system", "pod": "gateway"})]
+    for pod in relay.pods:
+        labels = {"namespace": "models", "tasuki_dev_deployment": "tiny"}
+        address = f"127.0.0.1:{pod.flags['port']}"
+        targets.append((address, {**labels, "pod": str(pod.flags["pod_name"])}))
+    return static(*targets)
 
 
 class Prometheus:
-    """One server on a loopback port; `targets` are (host:port, labels) each."""
+    """One server on a loopback port."""
 
     def __init__(
-        self,
-        executable: str,
-        folder: Path,
-        targets: list[tuple[str, dict[str, str]]],
-        rules: dict[str, Any],
+        self, executable: str, folder: Path, jobs: list[Job], rules: dict[str, Any]
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.url = f"http://127.0.0.1:{free_port()}"
         self._log = folder / "prometheus.log"
         (folder / "rules.yaml").write_text(yaml.safe_dump(rules))
-        static = [{"targets": [target], "labels": labels} for target, labels in targets]
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
             "rule_files": ["rules.yaml"],
-            "scrape_configs": [{"job_name": "tasuki", "static_configs": static}],
+            "scrape_configs": jobs,
         }
         (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
         self._command = [
@@ -59,18 +74,36 @@ class Prometheus:
 
     def query(self, expr: str) -> list[float]:
         """The values of an expression now."""
-        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expr}, timeout=10).json()
+        answer = plain_http.get(
+            f"{self.url}/api/v1/query", params={"query": expr}, timeout=10
+        ).json()
         assert answer["status"] == "success", (expr, answer)
         return [float(sample["value"][1]) for sample in answer["data"]["result"]]
 
     def firing(self) -> set[str]:
         """Names of the alerts that fire now."""
-        answer = httpx.get(f"{self.url}/api/v1/alerts", timeout=10).json()
+        answer = plain_http.get(f"{self.url}/api/v1/alerts", timeout=10).json()
         alerts = answer["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
+    def wait_fired(self, due: frozenset[str], seconds: float) -> None:
+        """Returns when each has fired at some time; AssertionError names those that did not."""
+        fired: set[str] = set()
+        deadline = time.monotonic() + seconds
+        while not due <= fired:
+            assert time.monotonic() < deadline, f"did not fire: {due - fired}"
+            time.sleep(0.5)
+            fired |= self.firing()
+
+    def wait_clear(self, due: frozenset[str], seconds: float) -> None:
+        """Returns when none fires; AssertionError names those that still do."""
+        deadline = time.monotonic() + seconds
+        while still := due & self.firing():
+            assert time.monotonic() < deadline, f"still firing: {still}"
+            time.sleep(0.5)
+
     def _ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/-/ready", timeout=1).status_code == 200
+            return plain_http.get(f"{self.url}/-/ready", timeout=1).status_code == 200
         except httpx.HTTPError:
             return False
