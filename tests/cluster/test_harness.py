@@ -64,7 +64,8 @@ def test_a_service_is_found_by_name_and_answers_from_all_its_pods(
         spec = pod_spec(*SERVE, port=8080)
         cluster.apply(deployment("web", namespace, spec, 2), service("web", namespace, 8080))
         cluster.wait_for_rollout("web", namespace)
-        fetch = ("wget", "-q", "-O", "-", f"http://web.{namespace}.svc.cluster.local/index.html")
+        url = f"http://web.{namespace}.svc.cluster.local/index.html"
+        fetch = ("sh", "-c", f"until wget -q -O - {url} 2>/dev/null; do sleep 1; done")
         cluster.apply(pod("client", namespace, pod_spec(*fetch)))
         cluster.wait("an answer", lambda: phase(cluster, "client", namespace) == "Succeeded")
         assert cluster.logs("client", namespace) == "hello\n"

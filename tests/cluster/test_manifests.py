@@ -21,7 +21,7 @@ def with_crd(cluster: Cluster) -> Iterator[Cluster]:
     folder = MANIFESTS / "components/crds"
     cluster.kustomize(folder)
     try:
-        cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        cluster.wait("the CRD is served", lambda: cluster.list("infd") is not None)
         yield cluster
     finally:
         cluster.kubectl("delete", "-k", folder, "--timeout=60s", timeout=70)
@@ -75,7 +75,9 @@ def test_the_crd_refuses_what_it_does_not_know(with_crd: Cluster) -> None:
 
 
 def test_kubectl_explains_a_field_in_a_sentence(with_crd: Cluster) -> None:
-    text = with_crd.kubectl("explain", "infd.spec.prefill")
+    explain = ("explain", "infd.spec.prefill")
+    with_crd.wait("the API's description", lambda: with_crd.kubectl(*explain))  # it comes later
+    text = with_crd.kubectl(*explain)
     assert "Pods that compute prompts." in text
     assert "0: decode pods compute their prompts themselves." in text
 

@@ -1,36 +1,25 @@
 """What goes wrong with a pod stands in the status, as a real kubelet and scheduler meet it."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from cluster import images
 from cluster.api import Cluster
-from operator_process import condition, deployment, install, running
+from operator_process import condition, deployment
 
 Object = dict[str, Any]
-SMALL = {"requests": {"cpu": "10m", "memory": "16Mi"}}
+SMALL = {"cpu": "10m"}
 NO_PREFILL: Object = {"prefill": {"replicas": 0}}
 HUB = "model is 'a/b', which is no local folder and which the Hub did not give: 404"
 
 
-@pytest.fixture(scope="module")
-def namespace(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A namespace that admits restricted pods only, in which an operator serves."""
-    install(cluster)
-    with (
-        running(cluster, tmp_path_factory.mktemp("operator")),
-        cluster.namespace("troubles") as name,
-    ):
-        yield name
-
-
-def says(*command: str) -> Object:
+def says(*command: str, memory: str = "24Mi") -> Object:
     """Decode pods of a small program in place of the engine, and no prefill pods."""
     container = {"name": "engine", "args": list(command)}
     template = {"containers": [container], "terminationGracePeriodSeconds": 1}
-    pods = {"image": images.BUSYBOX, "resources": SMALL}
+    resources = {"requests": {**SMALL, "memory": memory}, "limits": {"memory": memory}}
+    pods = {"image": images.BUSYBOX, "resources": resources}
     return {
         **NO_PREFILL,
         "decode": {**pods, "podTemplate": {"spec": template}},
@@ -45,6 +34,11 @@ CASES: dict[str, tuple[Object, str, str]] = {
         "no/image:1",
     ),
     "command": (says("no-such-program"), "CrashLoop", "applet not found"),
+    "memory": (
+        says("dd", "if=/dev/zero", "of=/dev/null", "bs=200M"),
+        "OutOfMemory",
+        "killed for memory",
+    ),
     "crash": (says("sh", "-c", "echo first; echo last words; exit 1"), "CrashLoop", "last words"),
     "refused": (
         says("sh", "-c", f"echo '{json.dumps({'reason': 'port 1 cannot be used'})}'; exit 2"),
@@ -65,18 +59,24 @@ def test_the_reason_and_the_words_are_those_of_the_trouble(
 ) -> None:
     spec, reason, words = CASES[name]
     cluster.apply(deployment(name, namespace, **spec))
+
+    def told() -> bool:
+        status = cluster.get("infd", name, namespace).get("status", {})
+        said = {one["type"]: one for one in status.get("conditions", [])}
+        return (
+            [said.get(kind, {}).get("reason") for kind in ("Ready", "Degraded")] == [reason] * 2
+            and (said["Ready"]["status"], said["Degraded"]["status"]) == ("False", "True")
+            and words in said["Ready"]["message"]
+        )
+
+    cluster.wait(f"Ready and Degraded say {reason}", told)
     cluster.wait(
-        f"Ready says {reason}",
-        lambda: condition(cluster, name, namespace, "Ready")[:2] == ("False", reason),
+        "an event says so",
+        lambda: any(
+            event["involvedObject"]["name"] == name and event["reason"] == reason
+            for event in cluster.list("event", namespace)
+        ),
     )
-    assert words in condition(cluster, name, namespace, "Ready")[2]
-    assert condition(cluster, name, namespace, "Degraded")[:2] == ("True", reason)
-    events = cluster.list("event", namespace)
-    assert [
-        event
-        for event in events
-        if event["involvedObject"]["name"] == name and event["reason"] == reason
-    ]
     cluster.kubectl("delete", "infd", name, "--namespace", namespace)
 
 

@@ -10,30 +10,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import crd_setup
+import psutil
 import yaml
 from cluster.api import Cluster
 
 ROOT = Path(__file__).parents[2]
 SYSTEM = "tasuki-system"
 STOP_SECONDS = 15.0
+NO_INDEX = "redis://127.0.0.1:2"
+"""Refuses at once; the cluster's network has no way to a server that knows names."""
+KOPFS = "closing of asynchronous generator"
+"""kopf leaves its watches to the end of the event loop, which may complain of it then."""
 Object = dict[str, Any]
 
 
-def install(cluster: Cluster) -> None:
-    """CRDs, the operator's namespace and its rights; not the operator."""
-    cluster.kustomize(ROOT / "crds")
-    cluster.wait("the CRD is served", lambda: cluster.list("infd") is not None)
-    shipped = yaml.safe_load_all(cluster.kubectl("kustomize", ROOT / "manifests/overlays/default"))
+def install(cluster: Cluster, overlay: str = "default") -> None:
+    """CRDs, an overlay's namespace where it has one, and its rights; not the operator."""
+    crd_setup.install(cluster)
+    folder = ROOT / "manifests/overlays" / overlay
+    shipped = yaml.safe_load_all(cluster.kubectl("kustomize", folder))
     rights = ("Namespace", "ServiceAccount", "Role", "RoleBinding")
     cluster.apply(*(item for item in shipped if item["kind"].removeprefix("Cluster") in rights))
 
 
-def kubeconfig(cluster: Cluster, path: Path) -> Path:
-    """Written to `path`: the cluster as the operator's service account sees it."""
+def kubeconfig(cluster: Cluster, path: Path, namespace: str = SYSTEM) -> Path:
+    """Written to `path`: the cluster as the service account of the operator there sees it."""
     shown = json.loads(
         cluster.kubectl("config", "view", "--flatten", "--minify", "--output", "json")
     )
-    token = cluster.kubectl("create", "token", "tasuki-operator", "--namespace", SYSTEM).strip()
+    token = cluster.kubectl("create", "token", "tasuki-operator", "--namespace", namespace).strip()
     shown["users"] = [{"name": "operator", "user": {"token": token}}]
     shown["contexts"][0]["context"]["user"] = "operator"
     path.write_text(yaml.safe_dump(shown))
@@ -49,13 +55,12 @@ class Operator:
 
     def start(self) -> None:
         """Starts it; it works as soon as it has the lease."""
-        command = [sys.executable, "-P", "-m", "tasuki_cli", "operator", "--port", "0"]
+        command = [sys.executable, "-P", "-m", "tasuki_cli", "operator"]
+        flags = ["--host=127.0.0.1", "--port=0", "--gateway=", f"--redis-url={NO_INDEX}"]
         environment = {**os.environ, "KUBECONFIG": str(self._config)}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", "--gateway", "", *self._flags],
-                stderr=log,
-                env=environment,
+                [*command, *flags, *self._flags], stderr=log, env=environment
             )
 
     def stop(self) -> int:
@@ -69,6 +74,29 @@ class Operator:
     def events(self) -> list[Object]:
         """Its log lines."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line[:1] == "{"]
+
+    def errors(self) -> list[Object]:
+        """Those that are errors of ours."""
+        errors = [one for one in self.events() if one["level"] == "error"]
+        return [one for one in errors if KOPFS not in one["event"]]
+
+    def cpu_seconds(self) -> float:
+        """What it has used of the processors since its start."""
+        assert self._process is not None, "it does not run"
+        used = psutil.Process(self._process.pid).cpu_times()
+        return float(used.user + used.system)
+
+    def wait(self, seconds: float) -> int:
+        """Its exit status, when it ends by itself within that time; else TimeoutExpired."""
+        assert self._process is not None, "it does not run"
+        status = self._process.wait(seconds)
+        self._process = None
+        return status
+
+    def end(self) -> None:
+        """Ends it, if it runs."""
+        if self._process is not None:
+            self.stop()
 
     def _end(self, number: signal.Signals) -> int:
         assert self._process is not None, "it does not run"

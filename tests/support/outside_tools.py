@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-INSTALL_SECONDS = 300
+from cluster import cache, needs
+from cluster.commands import CommandError
 
 
 def run(*command: str | Path, timeout: float = 60) -> str:
@@ -22,17 +22,15 @@ def run(*command: str | Path, timeout: float = 60) -> str:
 @functools.cache
 def debian(program: str, package: str) -> str:
     """Path of a program of a Debian package; skips the test where there is no way to it."""
-    if found := shutil.which(program):
-        return found
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        pytest.skip(f"{program} is not on PATH: install {package}")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", package]
-    for command in (["apt-get", "update"], install):
-        subprocess.run(command, env=environment, timeout=INSTALL_SECONDS, capture_output=True)
+    with cache.locked("packages"):
+        if found := shutil.which(program):
+            return found
+        try:
+            needs.install([package])
+        except CommandError as error:
+            pytest.skip(f"{program} is not on PATH: {error}")
     found = shutil.which(program)
-    if found is None:
-        pytest.skip(f"{program} is not on PATH, and {package} could not be installed")
+    assert found is not None, f"{package} has no {program}"
     return found
 
 

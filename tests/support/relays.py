@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import plain_http
 import psutil
 from fake_pods import GatewayProcess
 from pods import PodProcess
@@ -44,7 +45,7 @@ class Relay:
         folder.mkdir(parents=True, exist_ok=True)
         self.model = model
         self.folder = folder
-        self.redis = RedisServer(folder) if index else None
+        self.redis = RedisServer(folder, tcp=True) if index else None
         flags = {**POD_FLAGS, **pod_flags}
         if self.redis is not None:
             self.redis.start()
@@ -62,6 +63,7 @@ class Relay:
                     **{
                         "pod_name": f"{role}-{number}",
                         "port": free_port(),
+                        "transfer_port": free_port(),
                         "transfer_backends": ",".join(backends),
                         "aliases": ",".join(f"through-{backend}" for backend in backends),
                         **flags,
@@ -104,9 +106,10 @@ class Relay:
         self.until_routed()
         return self
 
-    def new_gateway(self, *flags: str) -> GatewayProcess:
-        """Another gateway of this relay, started now."""
-        return GatewayProcess(*self._gateway_flags, *flags, port=free_port(), log=self.gateway_log)
+    def new_gateway(self, *flags: str, port: int = 0) -> GatewayProcess:
+        """Another gateway of this relay, started now; on a free port unless one is given."""
+        flags = (*self._gateway_flags, *flags)
+        return GatewayProcess(*flags, port=port or free_port(), log=self.gateway_log)
 
     def until_routed(self, seconds: float = 30.0) -> None:
         """Until the gateway routes to all pods of the relay."""
@@ -128,7 +131,7 @@ class Relay:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of those samples of a gateway's metric that have these labels."""
-        return sample_sum(httpx.get(f"{self.url}/metrics", timeout=30).text, name, labels)
+        return plain_http.metric(self.url, name, labels)
 
     def decode_metric(self, name: str, **labels: str) -> float:
         """The same over all decode pods."""
@@ -170,15 +173,24 @@ class Relay:
         return found
 
     def resources(self) -> dict[str, int]:
-        """File descriptors and threads of each process, and tasks of each event loop."""
+        """Of each process: its descriptors, connections to Redis aside, and those; threads; tasks
+        of its event loop."""
         found = {}
         for name, process in self.processes().items():
-            found[f"{name} descriptors"] = process.num_fds()
+            pooled = self._connections_to_redis(process)
+            found[f"{name} descriptors"] = process.num_fds() - pooled
+            found[f"{name} connections to Redis"] = pooled
             found[f"{name} threads"] = process.num_threads()
         found["gateway tasks"] = int(self.metric("tasuki_gateway_event_loop_tasks"))
         for pod in self.pods:
             found[f"{pod.flags['pod_name']} tasks"] = int(pod.metric("tasuki_event_loop_tasks"))
         return found
+
+    def _connections_to_redis(self, process: psutil.Process) -> int:
+        if self.redis is None:
+            return 0
+        ends = [connection.raddr for connection in process.net_connections("tcp")]
+        return sum(end == self.redis.address for end in ends)
 
     def stop(self) -> None:
         """Ends all; an engine whose books do not balance in the end is an error."""
@@ -314,13 +326,3 @@ def log_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found
-
-
-def sample_sum(text: str, name: str, labels: dict[str, str]) -> float:
-    """The sum of a metric's samples in Prometheus's text format that have these labels."""
-    return sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith((f"{name}{{", f"{name} "))
-        and all(f'{key}="{value}"' in line for key, value in labels.items())
-    )

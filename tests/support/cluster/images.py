@@ -1,21 +1,23 @@
 """Images without a registry: Debian stands in for public bases, buildah builds the Dockerfiles."""
 
 import functools
+import os
 import shutil
 import tomllib
 from pathlib import Path
 
-from . import cache
+from . import cache, store
 from .commands import run
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).parent / "images"
-MIRROR = "http://deb.debian.org/debian"
 DEBIAN = "docker.io/library/debian:bookworm-slim"
 PYTHON = "docker.io/library/python:3.11-slim-bookworm"
 REDIS = "docker.io/library/redis:7.0-bookworm"
 BUSYBOX = "docker.io/tasuki/busybox:1"
 BUILD_SECONDS = 1500.0
+ROOM = 8 << 30
+"""Free bytes that a new version of the largest image may take."""
 
 
 @functools.cache
@@ -52,7 +54,9 @@ def busybox() -> str:
     """An image of one static program, of which sandboxes and small test pods are made; its name."""
     context = cache.folder() / "images" / "busybox"
     context.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(shutil.which("busybox") or "/bin/busybox", context / "busybox")
+    new = context.with_name(f"busybox-{os.getpid()}")  # another process may be reading the old one
+    shutil.copy2(shutil.which("busybox") or "/bin/busybox", new)
+    new.replace(context / "busybox")
     return build(BUSYBOX, HERE / "busybox" / "Dockerfile", context)
 
 
@@ -68,10 +72,10 @@ def debian() -> str:
 def _bootstrap() -> None:
     """Makes the image DEBIAN."""
     root = cache.folder() / "images" / "rootfs"
-    shutil.rmtree(root, ignore_errors=True)
     include = "--include=ca-certificates"
-    command = ["debootstrap", "--variant=minbase", include, "bookworm", root, MIRROR]
-    run(command, timeout=BUILD_SECONDS)
+    command = ["debootstrap", "--variant=minbase", include, "bookworm", root]
+    anew = ["unshare", "--mount", "sh", "-c", 'rm -rf "$0" && exec "$@"', root]
+    run([*anew, *command], timeout=BUILD_SECONDS, tries=3)
     container = _buildah("from", "scratch").strip()
     _buildah("add", "--quiet", container, root, "/")
     _buildah("commit", "--quiet", "--rm", container, DEBIAN)
@@ -96,14 +100,24 @@ def build(
     for argument in arguments:
         command += ["--build-arg", argument]
     with cache.locked("images"):
-        _buildah(*command, "--file", dockerfile, "--tag", name, context)
+        _make_room()
+        _buildah(*command, "--file", dockerfile, "--tag", name, context, tries=2)
     return name
 
 
-def archive(name: str, path: Path) -> None:
-    """Writes image `name` to `path` as an OCI archive with plain layers."""
-    reference = f"oci-archive:{path}:{name}"
-    _buildah("push", "--quiet", "--disable-compression", name, reference)
+def _make_room() -> None:
+    """Where the disk fills up, layers that no image has any more go."""
+    if shutil.disk_usage(cache.folder()).free < ROOM:
+        _buildah("rm", "--all")  # what killed builds left
+        _buildah("rmi", "--prune")
+
+
+def stored(name: str) -> store.Image:
+    """Image `name`, which must have been built, with its unpacked layers."""
+    found = store.read(store_folder(), name)
+    if found is None:
+        raise LookupError(f"no image {name} was built")
+    return found
 
 
 def identity(name: str) -> str:
@@ -120,9 +134,14 @@ def _identity(name: str) -> str:
     return ids.get(name, "")
 
 
-def _buildah(*arguments: object) -> str:
+def _buildah(*arguments: object, tries: int = 1) -> str:
     """One buildah command on the cache's own store; its mounts die with its mount namespace."""
-    store = cache.folder() / "images" / "store"
-    where = ["--root", store, "--runroot", store / "run", "--storage-driver", "overlay"]
+    root = store_folder()
+    where = ["--root", root, "--runroot", root / "run", "--storage-driver", "overlay"]
     command = ["unshare", "--mount", "buildah", *where, *arguments]
-    return run(command, timeout=BUILD_SECONDS)
+    return run(command, timeout=BUILD_SECONDS, tries=tries)
+
+
+def store_folder() -> Path:
+    """Where buildah keeps layers and images."""
+    return cache.folder() / "images" / "store"

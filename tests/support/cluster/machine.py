@@ -50,10 +50,11 @@ CLONE_NEWNET = 0x40000000
 
 
 class Machine:
-    """One private machine; `close` ends everything in it."""
+    """One private machine; `close` ends everything in it, and leaves `store` as it is."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, store: str | Path | None = None) -> None:
         self.folder = Path(folder)
+        self.store = Path(store) if store else self.folder / "store"
         self.cgroup = f"/tasuki-cluster-{os.getpid()}"
         remove_leftovers(self.folder)
         (self.folder / "logs").mkdir(parents=True)
@@ -149,6 +150,21 @@ class Machine:
             for name in ("cpuset.cpus", "cpuset.mems"):
                 if (group / name).exists() and not (group / name).read_text().strip():
                     (group / name).write_text((hierarchy / name).read_text())
+
+
+def probe() -> None:
+    """Tries what a machine is made of.
+
+    Raises:
+        CommandError: no namespaces or mounts.
+        OSError: no cgroups.
+    """
+    kinds = ["--mount", "--net", "--pid", "--ipc", "--uts", "--mount-proc"]
+    run(["unshare", *kinds, "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], timeout=30)
+    for hierarchy in _hierarchies():
+        group = hierarchy / f"tasuki-cluster-{os.getpid()}"
+        group.mkdir(exist_ok=True)
+        group.rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:

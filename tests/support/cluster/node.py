@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from . import binaries, cache, images
+from . import binaries, images
 from .identities import Identities
+from .loading import CTR, SOCKET
 from .machine import ADDRESS, NAME, Machine
 
 PODS = "10.244.0.0/16"
 PLUGINS = Path("/usr/lib/cni")
-SOCKET = "/run/containerd/containerd.sock"
 # A test machine may lack CAP_SYS_RESOURCE: sandboxes then cannot lower their oom_score_adj.
 CONTAINERD = """version = 2
 root = "{root}"
@@ -55,13 +55,13 @@ COREFILE = """.:53 {{
 
 
 def start_containerd(machine: Machine) -> None:
-    """Starts containerd on the image store that stays in the cache."""
-    root, network = cache.folder() / "containerd", machine.folder / "cni"
+    """Starts containerd on the machine's image store, which stays when the machine ends."""
+    network = machine.folder / "cni"
     network.mkdir()
     (network / "pods.conflist").write_text(json.dumps(NETWORK))
     config = machine.folder / "containerd.toml"
-    values = {"root": root, "socket": SOCKET, "sandbox": images.BUSYBOX, "network": network}
-    config.write_text(CONTAINERD.format(plugins=PLUGINS, **values))
+    values = {"root": machine.store, "socket": SOCKET, "sandbox": images.BUSYBOX}
+    config.write_text(CONTAINERD.format(plugins=PLUGINS, network=network, **values))
     machine.start("containerd", ["containerd", "--config", config])
 
 
@@ -105,6 +105,7 @@ def _kubelet(machine: Machine, identities: Identities) -> dict[str, object]:
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%"},
         "maxPods": 250,
+        "syncFrequency": "10s",
         "volumePluginDir": str(machine.folder / "plugins"),
     }
 
@@ -125,25 +126,5 @@ def _proxy(kubeconfig: Path) -> dict[str, object]:
 
 def forget_containers(machine: Machine) -> None:
     """Removes what containers of an earlier run left in containerd's store; images stay."""
-    ctr = ["ctr", "--address", SOCKET, "--namespace", "k8s.io"]
-    for container in machine.run(*ctr, "containers", "list", "--quiet").split():
-        machine.run(*ctr, "containers", "delete", container)
-
-
-def load(machine: Machine, name: str) -> None:
-    """Puts image `name` into containerd, unless the same content is there under that name."""
-    ctr = ["ctr", "--address", SOCKET, "--namespace", "k8s.io", "images"]
-    label = f"tasuki.dev/content={images.identity(name)}"
-    rows = [line.split() for line in machine.run(*ctr, "list").splitlines()[1:]]
-    before = [row for row in rows if row[0] == name]
-    if before and label in before[0][-1]:
-        return
-    archive = machine.folder / "image.tar"
-    images.archive(name, archive)
-    machine.run(*ctr, "import", archive, timeout=images.BUILD_SECONDS)
-    machine.run(*ctr, "label", name, label)
-    archive.unlink()
-    # The kubelet's name for the old content; the layers that both have stay.
-    for row in rows:
-        if before and row[0] != name and row[2] == before[0][2]:
-            machine.run(*ctr, "delete", row[0])
+    for container in machine.run(*CTR, "containers", "list", "--quiet").split():
+        machine.run(*CTR, "containers", "delete", container)

@@ -10,7 +10,7 @@ Built programs and images stay in TASUKI_CLUSTER_CACHE (default ~/.cache/tasuki-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from . import binaries, cache, control_plane, images, node
+from . import binaries, cache, control_plane, images, loading, node
 from .api import Cluster
 from .identities import Identities
 from .machine import NAME, Machine
@@ -48,25 +48,27 @@ class OwnCluster(Cluster):
 
     def load_images(self, names: Iterable[str]) -> None:
         for name in names:
-            node.load(self.machine, name)
+            loading.load(self.machine, name)
 
     def audit(self) -> list[str]:
         """The API server's audit log: a JSON event a line, one for each request it answered."""
-        return (self.machine.folder / "logs" / "audit.log").read_text().splitlines()
+        text = (self.machine.folder / "logs" / "audit.log").read_text()
+        return text[: text.rfind("\n") + 1].splitlines()  # one may just be written
 
 
 @contextmanager
-def running() -> Iterator[OwnCluster]:
+def running(place: str = "main") -> Iterator[OwnCluster]:
     """A cluster whose node is Ready; the calling thread is on its network meanwhile.
 
-    One at a time on a machine: a second caller waits until the first is done.
+    Places share programs and images and nothing else. In each there is one at a time: a second
+    caller waits until the first is done.
     """
     for programs in binaries.PROGRAMS.values():
         for program in programs:
             binaries.path(program)
     images.busybox()
-    with cache.locked("machine"):
-        machine = Machine(cache.folder() / "machine")
+    with cache.locked(f"machine-{place}"):
+        machine = Machine(cache.folder() / f"machine-{place}", cache.folder() / f"store-{place}")
         try:
             with machine.network():
                 yield _start(machine)
