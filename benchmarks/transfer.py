@@ -1,10 +1,12 @@
-"""Hand-over rate by transport, beside what this machine's memory and loopback give in the same run.
+"""Hand-over rate by transport, beside what this machine's memory and links give in the same run.
 
     python benchmarks/transfer.py [--repeats 7] [--plot transfer.png]
+    python benchmarks/transfer.py --giver cuda:0 --taker cuda:1
 
-Giver and taker are two processes. Every pull is checked byte by byte before its rate counts. The
-rate includes subscription, offers, data, checksums over what landed, and the release; the giver has
-made its own checksums before, as a prefill does while it computes the next chunk.
+Giver and taker are two processes, each with its regions on its device. Every pull is checked byte
+by byte before its rate counts. The rate includes subscription, offers, data, checksums over what
+landed, and the release; the giver has made its own checksums before, as a prefill does while it
+computes the next chunk.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import torch
 import xxhash
 
 from tasuki_common.messages import Ticket
+from tasuki_kernels.checksum import row_checksums
 from tasuki_transfer.base import Backend, Regions
 from tasuki_transfer.giver import Giver
 from tasuki_transfer.spans import Span
@@ -32,6 +35,8 @@ from tasuki_transfer.taker import Taker
 MIB = 1 << 20
 BACKENDS: tuple[Backend, ...] = ("tcp", "nixl")
 TOTAL = 128 * MIB
+"""Bytes of one hand-over in host memory, and of a baseline's pass."""
+CUDA_TOTAL = 1024 * MIB
 
 
 class Shape(NamedTuple):
@@ -39,11 +44,12 @@ class Shape(NamedTuple):
 
     name: str
     span_bytes: int
+    total: int = TOTAL
 
     @property
     def moved(self) -> int:
         """Spans in one hand-over."""
-        return max(1, min(TOTAL // self.span_bytes, 8192))
+        return max(1, min(self.total // self.span_bytes, 8192))
 
     @property
     def rows(self) -> int:
@@ -57,14 +63,24 @@ SHAPES = (
     Shape("1 MiB", MIB),
     Shape("57 MiB", 57 * MIB),
 )
+CUDA_SHAPES = (
+    Shape("128 KiB", 128 << 10, CUDA_TOTAL),  # a block of Granite-4.0-H-Micro
+    Shape("1.75 MiB", 7 * MIB // 4, CUDA_TOTAL),  # of Qwen3-0.6B
+    Shape("76 MiB", 76 * MIB, CUDA_TOTAL),  # a state slot of Granite-4.0-H-Micro, float32
+)
 
 
-def regions(seed: int | None) -> Regions:
-    """Random content, or zeros for the taking side."""
-    generator = torch.Generator().manual_seed(seed or 0)
+def shapes_on(device: torch.device) -> tuple[Shape, ...]:
+    """What is moved where."""
+    return CUDA_SHAPES if device.type == "cuda" else SHAPES
+
+
+def regions(seed: int | None, device: torch.device) -> Regions:
+    """Random content, equal for equal seeds and kinds of device, or zeros for the taking side."""
+    generator = torch.Generator(device).manual_seed(seed or 0)
     made = {}
-    for shape in SHAPES:
-        rows = torch.zeros(shape.rows, shape.span_bytes, dtype=torch.uint8)
+    for shape in shapes_on(device):
+        rows = torch.zeros(shape.rows, shape.span_bytes, dtype=torch.uint8, device=device)
         if seed is not None:
             words = rows.view(torch.int64)
             words.random_(generator=generator)
@@ -77,12 +93,12 @@ def order(seed: int, shape: Shape) -> list[int]:
     return np.random.default_rng(seed).permutation(shape.rows)[: shape.moved].tolist()
 
 
-def giver_process(pipe: Connection, seed: int, key: bytes) -> None:
+def giver_process(pipe: Connection, seed: int, key: bytes, device: torch.device) -> None:
     """Opens and completes a lease for each (request, shape) that comes in."""
 
     async def serve() -> None:
         giver = Giver(
-            regions=regions(seed),
+            regions=regions(seed, device),
             fingerprint="bench",
             incarnation=secrets.token_hex(4),
             key=key,
@@ -104,17 +120,22 @@ def giver_process(pipe: Connection, seed: int, key: bytes) -> None:
     asyncio.run(serve())
 
 
-async def hand_overs(repeats: int, report: Callable[[str, str, list[float]], None]) -> None:
-    """GB/s of each backend and shape, one list per pair."""
+async def hand_overs(
+    devices: tuple[torch.device, torch.device],
+    repeats: int,
+    report: Callable[[str, str, list[float]], None],
+) -> None:
+    """GB/s of each backend and shape, one list per pair; from the first device to the second."""
     seed, key = secrets.randbits(31), secrets.token_bytes(32)
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    child = context.Process(target=giver_process, args=(theirs, seed, key))
+    child = context.Process(target=giver_process, args=(theirs, seed, key, devices[0]))
     child.start()
-    source, target = regions(seed), regions(None)
+    # The giver's content once more, where it can be compared with what arrives.
+    source, target = regions(seed, devices[1]), regions(None, devices[1])
     for backend in BACKENDS:
         taker = Taker(regions=target, fingerprint="bench", key=key, backends=[backend])
-        for shape in SHAPES:
+        for shape in shapes_on(devices[1]):
             rows, places = order(seed, shape), order(seed + 1, shape)
             rates = []
             for turn in range(repeats + 1):
@@ -141,6 +162,27 @@ def checksum(repeats: int) -> list[float]:
     """GB/s of one thread's xxh3."""
     source = np.ones(TOTAL, np.uint8)
     return [TOTAL / _timed(lambda: xxhash.xxh3_64_intdigest(source)) / 1e9 for _ in range(repeats)]
+
+
+def device_copy(devices: tuple[torch.device, torch.device], repeats: int) -> dict[str, list[float]]:
+    """GB/s of one large copy from device to device, and of the checksum kernel on the second."""
+    source = torch.ones(CUDA_TOTAL, dtype=torch.uint8, device=devices[0])
+    target = torch.zeros(CUDA_TOTAL, dtype=torch.uint8, device=devices[1])
+    rows = target.view(-1, MIB)
+
+    def copy() -> None:
+        target.copy_(source)
+        torch.cuda.synchronize(devices[1])
+
+    def sums() -> None:
+        row_checksums(rows, range(len(rows)))
+
+    copy()  # the first opens the way between the devices, and compiles the kernel
+    sums()
+    return {
+        "copy": [CUDA_TOTAL / _timed(copy) / 1e9 for _ in range(repeats)],
+        "mix64": [CUDA_TOTAL / _timed(sums) / 1e9 for _ in range(repeats)],
+    }
 
 
 def _send_raw(port: int, repeats: int) -> None:
@@ -205,6 +247,8 @@ def main() -> int:
     """Print the table; plot it on demand."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--giver", type=torch.device, default="cpu", metavar="DEVICE")
+    parser.add_argument("--taker", type=torch.device, default="cpu", metavar="DEVICE")
     parser.add_argument("--plot", metavar="PNG")
     arguments = parser.parse_args()
     results: dict[tuple[str, str], float] = {}
@@ -217,10 +261,17 @@ def main() -> int:
         )
         sys.stdout.flush()
 
-    for baseline in (memcpy, checksum, loopback):
-        name = "xxh3" if baseline is checksum else baseline.__name__
-        report(name, "", baseline(arguments.repeats))
-    asyncio.run(hand_overs(arguments.repeats, report))
+    devices = torch.device(arguments.giver), torch.device(arguments.taker)
+    if devices[0].type != devices[1].type or (arguments.plot and devices[0].type != "cpu"):
+        parser.error("both devices are of one kind, and the plot is of host memory")
+    if devices[0].type == "cuda":
+        for name, rates in device_copy(devices, arguments.repeats).items():
+            report(name, "", rates)
+    else:
+        for baseline in (memcpy, checksum, loopback):
+            name = "xxh3" if baseline is checksum else baseline.__name__
+            report(name, "", baseline(arguments.repeats))
+    asyncio.run(hand_overs(devices, arguments.repeats, report))
     if arguments.plot:
         plot(arguments.plot, results)
     return 0
