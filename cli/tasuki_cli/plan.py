@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from tasuki_operator.schema import InferenceDeployment, Spec
 
 Part = Literal["redis", "prefill", "decode", "gateway"]
 
 STOP_ORDER: tuple[Part, ...] = ("gateway", "decode", "prefill", "redis")
 _DRAIN_SECONDS = 5.0
+POLICY = "policy.json"
+"""Name of the file in the run folder with what the pods announce to gateways."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,12 @@ def processes(deployment: InferenceDeployment, around: Surroundings) -> list[Pro
     if around.redis_server is not None:
         planned.insert(0, _redis(around.redis_server, around.run_folder))
     return planned
+
+
+def policy(deployment: InferenceDeployment) -> bytes:
+    """Content of `POLICY`: the file's limits. Keys are a cluster's; the gateway has a flag."""
+    given = deployment.spec.gateway.policy(key_digests=())
+    return msgspec.json.encode(msgspec.structs.replace(given, exposed=True, prefill_threshold=None))
 
 
 def cuda_is_here() -> bool:
@@ -118,6 +128,7 @@ def _pod(
             *("--transfer-host", "127.0.0.1", "--transfer-port", "0"),
             *("--lease-seconds", str(spec.transfer.lease_seconds)),
             *("--drain-seconds", str(_DRAIN_SECONDS), "--log-level", around.log_level),
+            *("--policy-file", str(around.run_folder / POLICY)),
             *("--engine", json.dumps(engine), *_index(around)),
         ),
         environ={"TASUKI_TRANSFER_KEY": around.transfer_key},

@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     deployment = files.load(path)
     model = deployment.spec.model.local(path.resolve().parent)
     with tempfile.TemporaryDirectory(prefix="tasuki-") as folder:
+        (Path(folder) / plan.POLICY).write_bytes(plan.policy(deployment))
         around = _surroundings(chosen, deployment, model, Path(folder))
         return asyncio.run(_run(plan.processes(deployment, around)))
 

@@ -36,6 +36,15 @@ def test_an_event_is_one_line_with_its_fields(stream: io.StringIO) -> None:
     assert (line["event"], line["request_id"], line["seconds"]) == ("request_done", "r\n1", 0.5)
 
 
+def test_what_all_lines_of_a_process_say_stands_on_each(stream: io.StringIO) -> None:
+    logs.setup("decode", stream=stream, deployment="models/granite", empty="")
+    logs.get("tasuki.x").info("x", deployment="other")
+    (line,) = lines(stream)
+    assert (line["component"], line["deployment"]) == ("decode", "models/granite")
+    assert line["deployment_"] == "other"
+    assert "empty" not in line
+
+
 def test_a_percent_sign_in_an_event_is_kept(stream: io.StringIO) -> None:
     logs.get("tasuki.x").warning("100%s")
     assert lines(stream)[0]["event"] == "100%s"

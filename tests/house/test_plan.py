@@ -4,9 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tasuki_cli import plan
+from tasuki_common.policy import Policy
 from tasuki_operator import files
 
 FILE = """\
@@ -62,6 +64,18 @@ def test_the_gateway_knows_all_pods_without_redis() -> None:
     assert flag(gateway, "--seeds") == ",".join(pod.address for pod in pods)
     assert not any("--redis-url" in process.command for process in planned(redis_server=None))
     assert gateway.address == "http://[::1]:8000"
+
+
+def test_the_files_limits_hold_at_its_own_gateway_and_what_a_cluster_has_means_nothing() -> None:
+    gateway = (
+        "  gateway: {exposed: false, limits: {maxRequests: 3}, apiKeySecret: {name: a, key: b}}"
+    )
+    deployment = files.parse((FILE % "cpu" + gateway).encode(), "x.yaml")
+    policy = msgspec.json.decode(plan.policy(deployment), type=Policy)
+    assert policy == Policy(max_requests=3)
+    for process in planned():
+        if process.part in ("prefill", "decode"):
+            assert flag(process, "--policy-file") == f"/run/tasuki/{plan.POLICY}"
 
 
 def test_secrets_stay_out_of_command_lines() -> None:

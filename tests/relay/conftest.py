@@ -1,4 +1,7 @@
-"""One relay of a hybrid model that all tests share, and whatever each family needs."""
+"""A relay of a hybrid model for each file, and whatever each family needs.
+
+Not for the whole session: on the CPU NIXL's progress thread polls, at the other tests' cost.
+"""
 
 import random
 from collections.abc import AsyncIterator, Iterator
@@ -16,33 +19,33 @@ def seed() -> int:
     return fresh_seed()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("relay")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(folders: Path, seed: int) -> Path:
     """A hybrid: recurrent layers and attention."""
     return tiny_models.make("granite_hybrid", folders, seed)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def relay(folders: Path, model: Path) -> Iterator[Relay]:
     """One prefill pod, two decode pods; every prompt is handed over. Tests leave it whole."""
     with running(Relay(folders / "shared", model)) as relay:
         yield relay
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mistreated_relay(folders: Path, model: Path) -> Iterator[Relay]:
     with running(
         Relay(
             folders / "mistreated",
             model,
             engine={"num_blocks": 1600, "num_state_slots": 80},
-            prefill_engine={"max_num_batched_tokens": 16},
-            lease_seconds=2.0,
+            prefill_engine={"max_num_batched_tokens": 4},
+            lease_seconds=6.0,
             drain_seconds=1.0,
         )
     ) as relay:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from draw_margins import TRIES, is_settled
 from greedy import is_greedy, random_prompt
 from relays import Relay, Stream, body, complete, events, log_lines, until
 
@@ -62,21 +63,37 @@ def stop_string(text: str) -> str:
     raise AssertionError(f"no four characters are new in the end of {text!r}")
 
 
-async def test_a_decode_pod_killed_in_mid_stream_leaves_no_trace_in_the_text(
-    mistreated: Relay, client: httpx.AsyncClient, rng: random.Random
-) -> None:
-    prompt = random_prompt(rng, 150)
+async def alone(
+    client: httpx.AsyncClient, relay: Relay, prompt: list[int]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Stream]]:
+    """The request of each variant, and its answer, one after the other."""
     requests = {
         name: body(prompt, max_tokens=NUM_TOKENS, **options) for name, options in VARIANTS.items()
     }
-    alone: dict[str, Stream] = {}
+    answers: dict[str, Stream] = {}
     for name, request in requests.items():
         if name == "stopped":
-            request["stop"] = [stop_string(alone["sampled"].text[0])]
-        alone[name] = await Following(client, mistreated, request, name).task
-        assert alone[name].whole
-    assert alone["stopped"].finish[0] == "stop"
-    assert len(alone["stopped"].tokens[0]) > NUM_TOKENS // 2
+            request["stop"] = [stop_string(answers["sampled"].text[0])]
+        answers[name] = await Following(client, relay, request, name).task
+        assert answers[name].whole
+    return requests, answers
+
+
+async def test_a_decode_pod_killed_in_mid_stream_leaves_no_trace_in_the_text(
+    mistreated: Relay, client: httpx.AsyncClient, rng: random.Random
+) -> None:
+    for _ in range(TRIES):
+        prompt = random_prompt(rng, 150)
+        requests, expectations = await alone(client, mistreated, prompt)
+        if all(
+            is_settled(mistreated.model, prompt, expectations[name].tokens, request)
+            for name, request in requests.items()
+        ):
+            break
+    else:
+        pytest.fail(f"each of {TRIES} prompts has a token that rounding decides")
+    assert expectations["stopped"].finish[0] == "stop"
+    assert len(expectations["stopped"].tokens[0]) > NUM_TOKENS // 2
 
     ballast_request = body(prompt[:20], model="through-tcp", max_tokens=1500)
     ballast = [Following(client, mistreated, ballast_request, "ballast") for _ in range(BALLAST)]
@@ -90,7 +107,7 @@ async def test_a_decode_pod_killed_in_mid_stream_leaves_no_trace_in_the_text(
         await one.has(20)
     mistreated.decode[1].kill()
     for name, one in following.items():
-        stream, expected = await one.task, alone[name]
+        stream, expected = await one.task, expectations[name]
         assert stream.whole, stream.error
         assert stream.text == expected.text, name
         assert stream.tokens == expected.tokens, name
@@ -154,7 +171,7 @@ async def test_a_lease_that_ran_out_costs_a_recomputation(
         await asyncio.to_thread(
             until,
             lambda: giver.metric("tasuki_leases_ended_total", outcome="expired") > expired,
-            20.0,
+            60.0,
             "no lease ran out",
         )
     finally:

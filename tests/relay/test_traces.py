@@ -7,20 +7,12 @@ from pathlib import Path
 import httpx
 import pytest
 from relays import Relay, running
-from trace_collector import Collector, Seen, collecting
+from trace_collector import Collector, check_parents, collecting
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
+SECONDS = 60.0
 CLIENT_TRACE, CLIENT_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-LEGS = {
-    ("tasuki-gateway", "request"): None,
-    ("tasuki-gateway", "prefill"): "request",
-    ("tasuki-prefill", "prefix"): "prefill",
-    ("tasuki-gateway", "decode"): "request",
-    ("tasuki-decode", "generate"): "decode",
-    ("tasuki-decode", "hand_over"): "generate",
-}
-WAIT_SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -48,29 +40,11 @@ def ask(relay: Relay, **headers: str) -> str:
     return answer.headers["x-request-id"]
 
 
-def legs(collector: Collector, request_id: str) -> dict[tuple[str, str], Seen]:
-    """The spans of the request's trace, by service and name, when all have arrived."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        traces = {
-            s.trace for s in collector.spans if s.attributes.get("tasuki.request_id") == request_id
-        }
-        found = {(s.service, s.name): s for s in collector.spans if s.trace in traces}
-        if found.keys() >= LEGS.keys():
-            assert len(traces) == 1
-            return found
-        assert time.monotonic() < deadline, sorted(found)
-        time.sleep(0.1)
-
-
 def test_a_trace_has_every_leg_under_its_parent(traced: Relay, collector: Collector) -> None:
-    found = legs(collector, ask(traced))
+    found = collector.legs(ask(traced))
+    check_parents(found)
     spans = {span.name: span for span in found.values()}
-    assert found.keys() == LEGS.keys()
-    for (_, name), parent in LEGS.items():
-        assert spans[name].parent == (spans[parent].span if parent else b""), name
-        assert 0 < spans[name].seconds <= spans["request"].seconds + WAIT_SECONDS
-    assert spans["generate"].seconds <= spans["decode"].seconds
+    assert all(0 < span.seconds <= SECONDS for span in found.values())
     assert spans["hand_over"].attributes["tasuki.backend"] == "tcp"
     assert spans["prefix"].attributes["tasuki.outcome"] == "released"
     assert spans["request"].attributes["tasuki.status"] == 200
@@ -78,11 +52,11 @@ def test_a_trace_has_every_leg_under_its_parent(traced: Relay, collector: Collec
 
 def test_a_clients_own_trace_goes_on_here(traced: Relay, collector: Collector) -> None:
     request_id = ask(traced, traceparent=f"00-{CLIENT_TRACE}-{CLIENT_SPAN}-01")
-    request = legs(collector, request_id)["tasuki-gateway", "request"]
+    request = collector.legs(request_id)["tasuki-gateway", "request"]
     assert request.trace.hex() == CLIENT_TRACE
     assert request.parent.hex() == CLIENT_SPAN
 
 
 def test_a_header_that_is_no_trace_begins_a_new_one(traced: Relay, collector: Collector) -> None:
-    request = legs(collector, ask(traced, traceparent="00-nonsense"))["tasuki-gateway", "request"]
+    request = collector.legs(ask(traced, traceparent="00-nonsense"))["tasuki-gateway", "request"]
     assert request.parent == b""

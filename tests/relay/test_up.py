@@ -19,9 +19,9 @@ import psutil
 import pytest
 import tiny_models
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
-READY_SECONDS = 90.0
+READY_SECONDS = 180.0
 
 
 class Up:
@@ -35,7 +35,7 @@ class Up:
                 stdout=subprocess.PIPE,
                 stderr=sink,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TASUKI_PATIENCE": "120"},
             )
         self.seen: set[psutil.Process] = set()
         self.url = ""
@@ -69,7 +69,7 @@ class Up:
 
     def ask(self) -> str:
         body = {"model": "tiny", "prompt": "The relay hands a prompt " * 4, "temperature": 0}
-        answer = httpx.post(f"{self.url}/completions", json={**body, "max_tokens": 8}, timeout=60)
+        answer = httpx.post(f"{self.url}/completions", json={**body, "max_tokens": 8}, timeout=150)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["text"])
 
@@ -123,19 +123,21 @@ def test_a_killed_supervisor_takes_all_its_processes_along(up: Up) -> None:
 
 
 def test_the_prompt_is_computed_on_one_pod_and_continued_on_the_other(up: Up) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while "role=prefill" not in up.said():  # the gateway looks around once a second
         assert time.monotonic() < deadline
         time.sleep(0.1)
     up.ask()
     urls = dict(re.findall(r"pod_joined pod=(\S+) role=\w+ url=(\S+)", up.said()))
     prefill, decode = (
-        httpx.get(f"{urls[name]}/metrics").text for name in ("prefill-0", "decode-0")
+        httpx.get(f"{urls[name]}/metrics", timeout=60).text for name in ("prefill-0", "decode-0")
     )
-    assert counter(prefill, "tasuki_prompt_tokens_total") >= 16
+    assert counter(prefill, "tasuki_prompt_tokens_computed_total") >= 16
     assert counter(prefill, "tasuki_generated_tokens_total") == 0
     assert counter(decode, "tasuki_generated_tokens_total") == 8
-    assert counter(decode, "tasuki_prompt_tokens_total") <= 16 + 8, "no more than the last block"
+    assert counter(decode, "tasuki_prompt_tokens_computed_total") <= 16 + 8, (
+        "no more than the last block"
+    )
     assert counter(decode, "tasuki_transfer_bytes_total") > 0
 
 
