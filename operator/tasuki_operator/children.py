@@ -62,7 +62,7 @@ class Children:
                 model = spec.model.served_name or key.name
                 kept = credentials.made(model, named, transfer_key)
             wanted = builders.desired(owner, spec, self._around, kept)
-            if any(self._live(key, manifest) is None for manifest in wanted):
+            if any(self._live(key, owner, manifest) is None for manifest in wanted):
                 await self.still_there(key, owner)
             for manifest in wanted:
                 await self._make(key, owner, manifest)
@@ -97,7 +97,7 @@ class Children:
         kind, name = BY_NAME[manifest["kind"]], manifest["metadata"]["name"]
         applied = self._applied.setdefault(key, {})
         wanted, is_scaled = _digest(manifest), self._is_scaled(key, manifest)
-        live = self._live(key, manifest)
+        live = self._live(key, owner, manifest)
         known = applied.get((kind.name, name))
         if live is not None and known == (wanted, is_scaled, _version(live)):
             return
@@ -122,9 +122,10 @@ class Children:
         role = manifest["metadata"]["labels"].get(names.ROLE)
         return manifest["kind"] == DEPLOYMENT.name and role in self._autoscalers.roles(key)
 
-    def _live(self, key: Key, manifest: Manifest) -> Manifest | None:
-        """The child as the watches know it."""
-        return self._store.get(BY_NAME[manifest["kind"]], key, manifest["metadata"]["name"])
+    def _live(self, key: Key, owner: Owner, manifest: Manifest) -> Manifest | None:
+        """The child as the watches know it; None if it was another's, which may be gone by now."""
+        live = self._store.get(BY_NAME[manifest["kind"]], key, manifest["metadata"]["name"])
+        return live if live is not None and _is_ours(live, owner) else None
 
     async def still_there(self, key: Key, owner: Owner) -> None:
         """Before anything is created: a watch may have missed that the owner was deleted."""

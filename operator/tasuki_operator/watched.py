@@ -16,6 +16,9 @@ from tasuki_operator.work import WorkQueue
 
 log = logs.get("tasuki.operator")
 
+_FIRST_PAUSE = 5.0
+"""Seconds; kopf's watches begin within one on an idle machine."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watched:
@@ -44,9 +47,15 @@ class Watched:
             self.queue.add(key)
 
     async def relist_now_and_then(self, seconds: float) -> None:
-        """Returns when the process should start anew: PodMonitors can be made now, or no longer."""
+        """Every `seconds`, at first more often: what goes after the first list and before the
+        watches begin shows in no watch.
+
+        Returns when the process should start anew: PodMonitors can be made now, or no longer.
+        """
+        pause = _FIRST_PAUSE
         while True:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(min(pause, seconds))
+            pause *= 2
             try:
                 await self.relist()
                 if await self.api.serves(POD_MONITOR) != (POD_MONITOR in self.kinds):

@@ -5,12 +5,23 @@ Its pods have no engine image here; that a request is answered is tested with th
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
+import kopf
 import pytest
 from cluster.api import Cluster
 from cluster.own import OwnCluster
-from operator_process import Operator, condition, deployment
+from operator_process import Operator, condition, deployment, kubeconfig
+
+from tasuki_operator.api import Api
+from tasuki_operator.autoscaling import Autoscalers
+from tasuki_operator.builders import Owner, Surroundings
+from tasuki_operator.children import Children
+from tasuki_operator.credentials import Named
+from tasuki_operator.metrics import Metrics
+from tasuki_operator.schema import Spec
+from tasuki_operator.store import Store, key_of
 
 Object = dict[str, Any]
 CHILD_KINDS = (
@@ -244,6 +255,56 @@ def test_what_a_deleted_namesake_left_is_told_and_waited_for(
         lambda: {kind for kind, _ in children(cluster, "granite", namespace)} == set(CHILD_KINDS),
         seconds=REPAIR_SECONDS,
     )
+
+
+async def test_what_a_deleted_namesake_left_hinders_nobody_once_it_is_gone_unseen(
+    cluster: Cluster,
+    namespace: str,
+    operator: Operator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was in the lists of the start, and went before the watches began: no event tells of it."""
+    left = make(cluster, "granite", namespace)
+    operator.stop()
+    cluster.kubectl("delete", "infd", "granite", "--namespace", namespace)
+    cluster.wait("all has gone", lambda: not children(cluster, "granite", namespace))
+    cluster.apply(deployment("granite", namespace))
+    body = cluster.get("infd", "granite", namespace)
+    store = Store()
+    for one in (body, *left.values()):
+        if one["kind"] != "Secret":  # which is not watched
+            store.put(one)
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig(cluster, tmp_path / "kubeconfig")))
+    info = kopf.login_with_kubeconfig(settings=kopf.OperatorSettings())
+    assert info is not None
+    metrics = Metrics()
+    api = Api(info, metrics)
+    try:
+        trouble = await Children(
+            api,
+            store,
+            Autoscalers(),
+            Surroundings(
+                image="x/y:1",
+                redis_url="redis://127.0.0.1:2",
+                system_namespace="tasuki-system",
+                metrics_namespace="monitoring",
+                pod_monitors=False,
+            ),
+            metrics,
+        ).make(
+            key_of(body),
+            Owner(namespace=namespace, name="granite", uid=body["metadata"]["uid"]),
+            Spec.model_validate(body["spec"]),
+            Named({}, None),
+            None,
+        )
+    finally:
+        await api.close()
+        operator.start()
+    assert trouble is None
+    assert {kind for kind, _ in children(cluster, "granite", namespace)} == set(CHILD_KINDS)
 
 
 def test_of_two_with_one_served_name_the_older_has_it_until_it_goes(
