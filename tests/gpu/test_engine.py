@@ -69,6 +69,19 @@ def test_float32_on_cuda_gives_the_tokens_of_the_cpu(family, tmp_path):
         assert sampled_logprobs(cuda) == pytest.approx(sampled_logprobs(cpu), abs=FLOAT32_BOUND)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_an_engine_computes_on_the_device_it_is_given(tmp_path):
+    seed = fresh_seed()
+    folder = str(tiny_models.make("granite_hybrid", tmp_path, seed))
+    expected = complete(folder, seed, dtype="float32", **ON_CPU)
+    try:
+        found = complete(folder, seed, dtype="float32", **{**ON_CUDA, "device": "cuda:1"})
+    finally:
+        torch.cuda.set_device(0)
+    for one, other in zip(found, expected, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
 # Between experts that stand at a tie, bfloat16 rightly chooses otherwise.
 @pytest.mark.parametrize("family", [f for f in tiny_models.FAMILIES if not f.endswith("moe")])
 def test_bfloat16_on_cuda_stays_within_its_bound(family, tmp_path):
