@@ -11,7 +11,7 @@ import httpx
 import pytest
 import tiny_models
 from fresh_seed import fresh_seed
-from relays import Relay, running
+from relays import SHORT_DRAIN_SECONDS, Relay, running
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def mistreated_relay(folders: Path, model: Path) -> Iterator[Relay]:
             engine={"num_blocks": 1600, "num_state_slots": 80},
             prefill_engine={"max_num_batched_tokens": 4},
             lease_seconds=6.0,
-            drain_seconds=1.0,
+            drain_seconds=SHORT_DRAIN_SECONDS,
         )
     ) as relay:
         yield relay

@@ -11,7 +11,7 @@ import pytest
 from client_load import Load, start_streams
 from greedy import is_greedy, random_prompt
 from pods import PodProcess, leave
-from relays import Relay, log_lines, running, until
+from relays import SHORT_DRAIN_SECONDS, Relay, log_lines, running, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -23,7 +23,9 @@ LONG = 1800
 def old(folders: Path, model: Path, request: pytest.FixtureRequest) -> Iterator[Relay]:
     """A pod of each role; the gateway learns of others from the index."""
     folder = folders / str(request.node.name)
-    with running(Relay(folder, model, transports=("tcp",), seeds=False, drain_seconds=1.0)) as one:
+    with running(
+        Relay(folder, model, transports=("tcp",), seeds=False, drain_seconds=SHORT_DRAIN_SECONDS)
+    ) as one:
         yield one
 
 

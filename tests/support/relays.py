@@ -18,6 +18,8 @@ from pods import PodProcess
 from redis_server import RedisServer, free_port
 
 POD_FLAGS: dict[str, Any] = {"heartbeat_seconds": 3.0, "drain_seconds": 20.0}
+SHORT_DRAIN_SECONDS = 0.1
+"""What 1,800 tokens surely outlast: a GPU makes some thousand a second."""
 
 
 class Relay:
