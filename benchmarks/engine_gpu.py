@@ -294,7 +294,8 @@ def measure(model: str, folder: Path, options: argparse.Namespace) -> Found:
         wanted.remove("start")
     if not wanted:
         return results
-    bench = Bench(folder, getattr(torch, options.state_dtype) if options.state_dtype else None)
+    state_dtype = getattr(torch, options.state_dtype) if options.state_dtype else None
+    bench = Bench(folder, state_dtype, max_num_batched_tokens=options.step_tokens)
     spec = bench.model.cache_spec.state
     print(f"# {model}: state {spec.ssm_dtype if spec else 'none'}, {bench.engine.plan}")
     for each in wanted:
@@ -341,6 +342,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--cells", default="start,decode,prefill,ttft,workload")
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), help="of all models")
+    parser.add_argument("--step-tokens", type=int, help="prompt tokens a step")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="of the decode cells")

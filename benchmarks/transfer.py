@@ -166,6 +166,7 @@ def checksum(repeats: int) -> list[float]:
 
 def device_copy(devices: tuple[torch.device, torch.device], repeats: int) -> dict[str, list[float]]:
     """GB/s of one large copy from device to device, and of the checksum kernel on the second."""
+    torch.cuda.set_device(devices[1])
     source = torch.ones(CUDA_TOTAL, dtype=torch.uint8, device=devices[0])
     target = torch.zeros(CUDA_TOTAL, dtype=torch.uint8, device=devices[1])
     rows = target.view(-1, MIB)
