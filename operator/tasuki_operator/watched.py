@@ -52,10 +52,10 @@ class Watched:
 
         Returns when the process should start anew: PodMonitors can be made now, or no longer.
         """
-        pause = _FIRST_PAUSE
+        pause = min(_FIRST_PAUSE, seconds)
         while True:
-            await asyncio.sleep(min(pause, seconds))
-            pause *= 2
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, seconds)
             try:
                 await self.relist()
                 if await self.api.serves(POD_MONITOR) != (POD_MONITOR in self.kinds):
