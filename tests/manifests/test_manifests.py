@@ -57,6 +57,15 @@ def test_no_overlay_brings_the_crd_whose_deletion_would_delete_users_objects(
     assert crd["metadata"]["name"] == "inferencedeployments.tasuki.dev"
 
 
+def test_the_chart_has_the_files_of_the_overlays_and_no_copies() -> None:
+    chart = ROOT / "charts/tasuki"
+    crd = "crds/tasuki.dev_inferencedeployments.yaml"
+    links = {chart / crd: ROOT / crd}
+    links |= {path: MANIFESTS / "components" / path.name for path in (chart / "files").iterdir()}
+    assert len(links) > 1
+    assert {path.resolve() for path in links} == set(links.values())
+
+
 def test_the_namespaced_overlay_is_in_its_namespace_alone() -> None:
     objects = overlay("namespaced")
     assert of_kind(objects, *CLUSTER_WIDE) == []
