@@ -60,7 +60,7 @@ class Engine:
         torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) // 2))
         self.model = models.load(config) if model is None else model
         spec, device = self.model.cache_spec, self.model.device
-        if device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels are launched on the thread's current one
         self.plan = dry_run.fitted_plan(config, self.model)
         log.info("engine_memory", device=str(device), **self.plan.ledger())

@@ -10,6 +10,7 @@ from typing import Any
 
 import kopf
 import pytest
+from cluster import audit
 from cluster.api import Cluster
 from cluster.own import OwnCluster
 from operator_process import Operator, condition, deployment, kubeconfig
@@ -305,6 +306,19 @@ async def test_what_a_deleted_namesake_left_hinders_nobody_once_it_is_gone_unsee
         operator.start()
     assert trouble is None
     assert {kind for kind, _ in children(cluster, "granite", namespace)} == set(CHILD_KINDS)
+
+
+def test_what_went_between_the_first_list_and_the_watches_is_looked_for_soon(
+    own_cluster: OwnCluster, operator: Operator
+) -> None:
+    def lists() -> int:
+        requests = audit.of_operator(own_cluster)
+        return sum((one.verb, one.resource) == ("list", "pods") for one in requests)
+
+    operator.stop()
+    before = lists()
+    operator.start()
+    own_cluster.wait("the start's, the watch's, and one after both", lambda: lists() >= before + 3)
 
 
 def test_of_two_with_one_served_name_the_older_has_it_until_it_goes(

@@ -37,6 +37,12 @@ def llm(folder: Path) -> LLM:
     )
 
 
+def test_a_device_may_have_a_number(folder: Path) -> None:
+    numbered = LLM(model=str(folder), device="cpu:0", max_model_len=64, max_num_seqs=2)
+    (output,) = numbered.generate(["The relay"], GREEDY)
+    assert is_greedy(folder, output.prompt_token_ids, output.outputs[0].token_ids)
+
+
 def test_results_come_in_the_order_of_the_prompts(llm: LLM, folder: Path) -> None:
     prompts = [f"{'word ' * i}The relay" for i in range(12, 0, -1)]
     outputs = llm.generate(prompts, GREEDY)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fresh_seed import fresh_seed
+from naive_gemm import exact
 
 from tasuki_kernels import activation, gemm, norm
 from tasuki_kernels.norm import RmsNorm
@@ -36,17 +37,6 @@ def strided(rows, columns, dtype):
     """Rows with poison between them."""
     wide = torch.full((rows, columns + 64), torch.nan, device="cuda", dtype=dtype)
     return wide[:, 32 : 32 + columns]
-
-
-def exact(x, weight, bias, normed, act):
-    x, y = x.double(), weight.double()
-    if normed is not None:
-        x = x / torch.sqrt(x.square().mean(-1, keepdim=True) + normed.eps) * normed.weight.double()
-    y = x @ y.t() + (0.0 if bias is None else bias.double())
-    if act == "swiglu":
-        gate, up = y.chunk(2, dim=-1)
-        return gate * torch.sigmoid(gate) * up
-    return y.clamp(min=0).square() if act == "relu2" else y
 
 
 def case(rows, outputs, inputs, dtype):

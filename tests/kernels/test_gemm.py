@@ -3,6 +3,7 @@
 import fresh_seed
 import pytest
 import torch
+from naive_gemm import exact
 
 from tasuki_kernels import gemm
 from tasuki_kernels.backend import interpreted
@@ -15,17 +16,6 @@ EPS = 1e-5
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(fresh_seed.fresh_seed())
-
-
-def exact(x, weight, bias, norm, activation):
-    x, y = x.double(), weight.double()
-    if norm is not None:
-        x = x / torch.sqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
-    y = x @ y.t() + (0.0 if bias is None else bias.double())
-    if activation == "swiglu":
-        gate, up = y.chunk(2, dim=-1)
-        return gate * torch.sigmoid(gate) * up
-    return y.clamp(min=0).square() if activation == "relu2" else y
 
 
 def poisoned(rows, columns, dtype=torch.float32):

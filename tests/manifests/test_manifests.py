@@ -63,7 +63,7 @@ def test_the_chart_has_the_files_of_the_overlays_and_no_copies() -> None:
     links = {chart / crd: ROOT / crd}
     links |= {path: MANIFESTS / "components" / path.name for path in (chart / "files").iterdir()}
     assert len(links) > 1
-    assert {path.resolve() for path in links} == set(links.values())
+    assert {path: path.resolve() for path in links} == links
 
 
 def test_the_namespaced_overlay_is_in_its_namespace_alone() -> None:
