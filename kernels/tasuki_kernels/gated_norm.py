@@ -1,6 +1,7 @@
 """RMSNorm of a gated input by groups (Mamba2's; the gate acts first), and the windows' last step.
 
-The windows of the convolution move on in the same launch: all that reads them is done by then.
+The windows of the convolution move on in the same launch: all that reads them is done by then. The
+norm's weight lies in the projection that follows.
 """
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from tasuki_kernels.activation import silu
 from tasuki_kernels.backend import let_next_start, overlaps, wait_for_previous
 from tasuki_kernels.launcher import quick
 from tasuki_kernels.norm import normalize
@@ -16,57 +18,51 @@ from tasuki_kernels.sizes import blocks, power_of_two
 _WINDOW_BLOCK = 1024
 
 
-def gated_rms_norm(
-    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, groups: int
-) -> torch.Tensor:
+def gated_rms_norm(x: torch.Tensor, gate: torch.Tensor, eps: float, groups: int) -> torch.Tensor:
     """RMSNorm of x * silu(gate) within each of `groups` equal parts of the last dimension.
 
-    x, gate: [tokens, d]; weight: [d]; returns [tokens, d] in the gate's dtype. The gate acts before
-    the norm (`norm_before_gate=False` in Mamba2's reference). The torch reference.
+    x, gate: [tokens, d]; returns [tokens, d] in the gate's dtype. The gate acts before the norm
+    (`norm_before_gate=False` in Mamba2's reference). The torch reference.
     """
     gated = F.silu(gate.float()).mul_(x)
     parts = gated if groups == 1 else gated.view(len(gated), groups, -1)
-    return normalize(parts, eps).view_as(gated).to(gate.dtype).mul_(weight)
+    return normalize(parts, eps).view_as(gated).to(gate.dtype)
 
 
-def gated_rms_norm_and_windows(
+def gated_rms_norm_and_windows_(
     x: torch.Tensor,
     projected: torch.Tensor,
-    weight: torch.Tensor,
     eps: float,
     groups: int,
     conv_states: torch.Tensor,
     slots: torch.Tensor,
     context_lens: torch.Tensor,
     query_start: torch.Tensor,
-) -> torch.Tensor:
-    """`gated_rms_norm`, and each sequence's window becomes its last inputs: one Triton launch.
+) -> None:
+    """`gated_rms_norm` in place, and each window becomes its last inputs: one Triton launch.
 
     x: [tokens, d], contiguous; projected: [tokens, d + conv_dim + ...], any row stride: the gate,
     then the convolution's inputs; conv_states: [slots, kernel - 1, conv_dim], any slot stride;
     slots, context_lens: [seqs]; query_start: [seqs + 1]. A sequence of context 0 is skipped; rows
     behind the last sequence may hold anything and get zeros.
-    Reads x, gate and the last inputs once, writes [tokens, d] in the gate's dtype and the windows:
-    6 bytes an element in bfloat16, so bound by memory.
+    Reads x, gate and the last inputs once, writes [tokens, d] and the windows: 6 bytes an element
+    in bfloat16, so bound by memory.
     """
     tokens, size = x.shape
     width, channels = conv_states.shape[1:]
-    normed = torch.empty_like(x, dtype=projected.dtype)
     group = size // groups
     block = power_of_two(group)
     pdl = overlaps(x)
+    num_seqs = slots.shape[0]
     window_blocks = blocks(channels, _WINDOW_BLOCK)
-    num_windows = slots.shape[0] * window_blocks
-    _gated_norm_kernel[(num_windows + tokens * groups,)](
+    _gated_norm_kernel[(num_seqs * window_blocks + tokens * groups,)](
         x,
         projected,
-        weight,
-        normed,
         conv_states,
         slots,
         context_lens,
         query_start,
-        num_windows,
+        num_seqs,
         projected.stride(0),
         conv_states.stride(0),
         eps,
@@ -82,24 +78,21 @@ def gated_rms_norm_and_windows(
         num_warps=min(max(block // 512, 1), 8),
         launch_pdl=pdl,
     )
-    return normed
 
 
 @quick
 @triton.jit(
-    do_not_specialize=["num_windows"],
+    do_not_specialize=["num_seqs"],
     do_not_specialize_on_alignment=["slots", "context_lens", "query_start"],
 )
 def _gated_norm_kernel(
     x,
     projected,
-    weight,
-    normed,
     conv_states,
     slots,
     context_lens,
     query_start,
-    num_windows,
+    num_seqs,
     row_stride,
     slot_stride,
     eps,
@@ -115,8 +108,7 @@ def _gated_norm_kernel(
 ):
     let_next_start(PDL)
     program = tl.program_id(0)
-    if program < num_windows:
-        wait_for_previous(PDL)
+    if program < num_seqs * WINDOW_BLOCKS:
         _move_window(
             projected + GROUPS * GROUP,
             conv_states,
@@ -131,23 +123,22 @@ def _gated_norm_kernel(
             TAPS,
             WINDOW_BLOCK,
             WINDOW_BLOCKS,
+            PDL,
         )
     else:
-        part = program - num_windows
+        part = program - num_seqs * WINDOW_BLOCKS
         row, group = (part // GROUPS).to(tl.int64), part % GROUPS
         columns = group * GROUP + tl.arange(0, BLOCK)
         inside = columns < (group + 1) * GROUP
-        scale = tl.load(weight + columns, mask=inside, other=0.0)
+        end = tl.load(query_start + num_seqs)
         wait_for_previous(PDL)
         gate = tl.load(projected + row * row_stride + columns, mask=inside, other=0.0)
-        value = tl.load(x + row * (GROUPS * GROUP) + columns, mask=inside, other=0.0)
-        wide = gate.to(tl.float32)
-        gated = value.to(tl.float32) * wide * tl.sigmoid(wide)
+        places = x + row * (GROUPS * GROUP) + columns
+        value = tl.load(places, mask=inside, other=0.0)
+        gated = value.to(tl.float32) * silu(gate.to(tl.float32))
         factor = tl.rsqrt(tl.sum(gated * gated, 0) / GROUP + eps)
-        result = (gated * factor).to(gate.dtype).to(tl.float32) * scale.to(tl.float32)
-        end = tl.load(query_start + num_windows // WINDOW_BLOCKS)
-        result = tl.where(row < end, result, 0.0)
-        tl.store(normed + row * (GROUPS * GROUP) + columns, result.to(gate.dtype), mask=inside)
+        result = tl.where(row < end, gated * factor, 0.0)
+        tl.store(places, result.to(value.dtype), mask=inside)
 
 
 @triton.jit
@@ -165,6 +156,7 @@ def _move_window(
     TAPS: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr,
     WINDOW_BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Of one sequence and block of channels: the window after its part of the step."""
     seq, block = program // WINDOW_BLOCKS, program % WINDOW_BLOCKS
@@ -177,13 +169,14 @@ def _move_window(
     inside = (channels < tl.where(context > 0, CHANNELS, 0)) & (taps < WIDTH)
     held = inside & (channels < tl.where(context > length, CHANNELS, 0))
     place = length - WIDTH + taps  # in the part; before it: in the old window
-    new = tl.load(
-        inputs + (start + place) * row_stride + channels, mask=inside & (place >= 0), other=0.0
-    )
     old = tl.load(
         window + (length + taps) * CHANNELS + channels,
         mask=held & (place < 0),
         other=0.0,
+    )
+    wait_for_previous(PDL)  # the old window is of earlier steps
+    new = tl.load(
+        inputs + (start + place) * row_stride + channels, mask=inside & (place >= 0), other=0.0
     )
     tl.debug_barrier()  # other threads' loads of places that are overwritten now
     tl.store(window + taps * CHANNELS + channels, tl.where(place >= 0, new, old), mask=inside)

@@ -1,7 +1,8 @@
 """Matrix products with weights, with what stands before and after them.
 
 How a product is computed depends on its shape alone: the table of `tuning` says by which kernel
-and in which pieces; without an entry, one row goes through `gemm_vector`, more through torch.
+and in which pieces, for numbers of 16 bits, whose pieces fit on a multiprocessor; without an entry,
+one row goes through `gemm_vector`, more through torch.
 """
 
 import dataclasses
@@ -14,14 +15,14 @@ from tasuki_kernels import gemm_split, gemm_vector, tuning
 from tasuki_kernels.activation import relu2_, swiglu
 from tasuki_kernels.backend import use_triton
 from tasuki_kernels.norm import RmsNorm
-from tasuki_kernels.sizes import power_of_two
 
 Activation = Literal["swiglu", "relu2"]
 Kernel = Literal["vector", "split", "torch"]
 KERNELS: tuple[Kernel, ...] = ("vector", "split", "torch")
 
-MAX_ROWS = 64
-"""Above, weights are no longer what takes the time: torch's products are as fast as any."""
+SIZES = (16, 32, 64)
+"""So many rows the tensor cores compute for fewer. Above, weights are no longer what takes the
+time: torch's products are as fast as any."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,22 +50,23 @@ def linear(
     half of the outputs.
     """
     plan = plan or plan_for(x, weight, activation)
-    if norm is not None and plan.kernel != "vector":
-        x = norm(x)
-    if plan.kernel != "torch":
-        outputs = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
-        out = torch.empty(x.shape[0], outputs, dtype=dtype or x.dtype, device=x.device)
-        if plan.kernel == "vector":
-            gemm_vector.launch(
-                x, weight, bias, out, plan.constants, norm=norm, activation=activation
-            )
-        else:
-            gemm_split.launch(x, weight, bias, out, plan.constants, activation=activation)
-        return out
-    y = _product(x, weight, bias, dtype)
-    if activation == "swiglu":
-        return swiglu(y)
-    return relu2_(y) if activation == "relu2" else y
+    if norm is not None and not _fuses(plan.kernel, norm):
+        x, norm = norm(x), None
+    if plan.kernel == "torch":
+        y = _product(x, weight, bias, dtype)
+        if activation == "swiglu":
+            return swiglu(y)
+        return relu2_(y) if activation == "relu2" else y
+    outputs = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+    out = torch.empty(x.shape[0], outputs, dtype=dtype or x.dtype, device=x.device)
+    launch = gemm_vector.launch if plan.kernel == "vector" else gemm_split.launch
+    launch(x, weight, bias, out, plan.constants, norm=norm, activation=activation)
+    return out
+
+
+def _fuses(kernel: Kernel, norm: RmsNorm) -> bool:
+    """Whether the kernel computes the norm: split only what is left of one without its weight."""
+    return kernel == "vector" or (kernel == "split" and norm.weight is None)
 
 
 def add_linear_(
@@ -94,8 +96,8 @@ def add_linear_(
 def plan_for(x: torch.Tensor, weight: torch.Tensor, activation: Activation | None = None) -> Plan:
     """How a product of these shapes is computed."""
     rows = x.shape[0]
-    if 0 < rows <= MAX_ROWS and use_triton(x) and weight.is_contiguous() and x.stride(1) == 1:
-        return _plan(x.device, rows_of_table(rows), *weight.shape, activation)
+    if 0 < rows <= SIZES[-1] and use_triton(x) and weight.is_contiguous() and x.stride(1) == 1:
+        return _plan(x.device, weight.dtype, rows_of_table(rows), *weight.shape, activation)
     return _TORCH
 
 
@@ -104,9 +106,14 @@ _TORCH = Plan("torch", {})
 
 @functools.cache
 def _plan(
-    device: torch.device, rows: int, outputs: int, inputs: int, activation: Activation | None
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    activation: Activation | None,
 ) -> Plan:
-    for kernel in KERNELS:
+    for kernel in KERNELS if dtype.itemsize == 2 else ():
         found = tuning.choice(
             device, f"gemm_{kernel}", *table_key(rows, outputs, inputs, activation)
         )
@@ -118,8 +125,8 @@ def _plan(
 
 
 def rows_of_table(rows: int) -> int:
-    """1, or as many as the tensor cores compute for so few: 16, 32, 64."""
-    return rows if rows == 1 else max(16, power_of_two(rows))
+    """1, or the first of SIZES that holds so many."""
+    return next(size for size in (1, *SIZES) if rows <= size)
 
 
 def table_key(

@@ -51,7 +51,7 @@ def launch(
     _vector_kernel[(blocks(outputs, choice["BLOCK_OUT"]),)](
         x, weight, bias, norm.weight if norm else None, out,
         norm.eps if norm else 0.0, 1.0 if scale is None else scale,
-        OUT=outputs, IN=inputs, ACTIVATION=activation,
+        OUT=outputs, IN=inputs, NORM=norm is not None, ACTIVATION=activation,
         ADD=scale is not None, BLOCK_OUT=choice["BLOCK_OUT"], BLOCK_IN=block,
         CHUNKS=blocks(inputs, block), PDL=pdl, launch_pdl=pdl, num_warps=choice["num_warps"],
     )  # fmt: skip
@@ -61,8 +61,9 @@ def launch(
 @triton.jit
 def _vector_kernel(
     x, weight, bias, norm_weight, out, eps, scale,
-    OUT: tl.constexpr, IN: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     GATED: tl.constexpr = ACTIVATION == "swiglu"
@@ -85,15 +86,16 @@ def _vector_kernel(
     for i in tl.static_range(CHUNKS):
         b_x = tl.load(x + i * BLOCK_IN + o_in, mask=o_in < IN - i * BLOCK_IN, other=0.0)
         b_x = b_x.to(tl.float32)
-        if norm_weight is not None:
+        if NORM:
             squares += b_x * b_x
+        if norm_weight is not None:
             b_x *= norms[i].to(tl.float32)
         b_y += weights[i].to(tl.float32) * b_x[None, :]
         if GATED:
             b_up += ups[i].to(tl.float32) * b_x[None, :]
     y = tl.sum(b_y, axis=1)
     up = tl.sum(b_up, axis=1)
-    if norm_weight is not None:
+    if NORM:
         inverse = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / IN + eps)
         y *= inverse
         up *= inverse

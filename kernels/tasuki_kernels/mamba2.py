@@ -11,7 +11,7 @@ import torch
 
 from tasuki_kernels import conv1d, ssd, ssd_decode, ssd_plan, ssd_prepare, ssd_scan
 from tasuki_kernels.backend import use_triton
-from tasuki_kernels.gated_norm import gated_rms_norm, gated_rms_norm_and_windows
+from tasuki_kernels.gated_norm import gated_rms_norm, gated_rms_norm_and_windows_
 from tasuki_kernels.ssd import Mixer
 
 
@@ -84,6 +84,8 @@ def mix(
 ) -> torch.Tensor:
     """What the output projection takes: [tokens, heads * head_dim] in projected's dtype.
 
+    The weight of the gated norm is the projection's: here it has none.
+
     projected: [tokens, inner + conv_dim + heads], any row stride: gate, the convolution's inputs
     (x, B, C) and dt; conv_states: [slots, kernel - 1, conv_dim] and ssm_states: [slots, heads,
     head_dim, state_size], any slot stride, updated in place. In Triton there may be padding behind
@@ -108,10 +110,9 @@ def mix(
         rest, out = (projected[decodes:], y[decodes:]) if decodes else (projected, y)
         mixed, times = ssd_prepare.prepare(rest, conv_states, mixer, batch.prefill)
         ssd_scan.chunk_scan(mixed, times, ssm_states, mixer, batch.prefill, out)
-    return gated_rms_norm_and_windows(
+    gated_rms_norm_and_windows_(
         y,
         projected,
-        mixer.norm_weight,
         mixer.eps,
         mixer.groups,
         conv_states,
@@ -119,6 +120,7 @@ def mix(
         batch.context_lens,
         batch.query_start,
     )
+    return y
 
 
 def _reference_plan(
@@ -151,7 +153,7 @@ def _mix_reference(
     for slot in plan.fresh_slots:
         conv_states[slot].zero_()
         ssm_states[slot].zero_()
-    inner, channels = len(mixer.norm_weight), conv_states.shape[2]
+    inner, channels = ssm_states.shape[1] * ssm_states.shape[2], conv_states.shape[2]
     gate, conv_in, dt = torch.split(projected, [inner, channels, len(mixer.D)], dim=-1)
     dt = ssd.positive_dt(dt, mixer.dt_bias, mixer.dt_limits)
     decodes = len(plan.decode_slots)
@@ -173,7 +175,7 @@ def _mix_reference(
         x, B, C = _split(mixed, ssm_states, mixer.groups)
         parts.append(ssd.chunk_scan(x, dt[decodes:], mixer.A, B, C, mixer.D, ssm_states, plan.ssd))
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return gated_rms_norm(y.flatten(1), gate, mixer.norm_weight, mixer.eps, mixer.groups)
+    return gated_rms_norm(y.flatten(1), gate, mixer.eps, mixer.groups)
 
 
 def _split(

@@ -14,27 +14,41 @@ from tasuki_kernels.sizes import power_of_two
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """A norm's weight [d] and epsilon; zero-centred weights come as 1 + weight, in float32."""
+    """A norm's weight [d] and epsilon; zero-centred weights come as 1 + weight, in float32.
 
-    weight: torch.Tensor
+    Weight None: it lies in the matrix of the product that follows (`fold_into_`).
+    """
+
+    weight: torch.Tensor | None
     eps: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x normed over its last dimension, a new tensor."""
         return rms_norm(x, self.weight, self.eps)
 
+    def fold_into_(self, matrix: torch.Tensor) -> "RmsNorm":
+        """Multiplies matrix [out, d] by the weight; what then stands before its product.
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        The product of normed x with the weight, as it is written, rounds x to the dtype once more;
+        this rounds the matrix instead, and x not at all.
+        """
+        if self.weight is not None:
+            matrix.mul_(self.weight.float())
+        return RmsNorm(None, self.eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension, computed in float32.
 
-    x: [..., d], any dtype; weight: [d] (on the CPU, whatever is broadcastable to x). Reads x once
-    and writes as much.
+    x: [..., d], any dtype; weight: [d] (on the CPU, whatever is broadcastable to x), or None for
+    ones. Reads x once and writes as much.
     """
     if use_triton(x):
         return _launch(x, weight, eps)
-    if x.dtype != torch.float32:
-        return (normalize(x.float(), eps) * weight.float()).to(x.dtype)
-    return normalize(x, eps).mul_(weight)
+    normed = normalize(x.float(), eps)
+    if weight is not None:
+        normed.mul_(weight)
+    return normed.to(x.dtype)
 
 
 def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -46,7 +60,7 @@ def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.addcdiv(zero, x, norm, value=size**0.5)
 
 
-def _launch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     size = x.shape[-1]
     rows = x if x.dim() == 2 else x.reshape(-1, size)
     count = rows.shape[0]
@@ -71,7 +85,9 @@ def _rms_norm_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, BLOCK)
     inside = o_dim < SIZE
-    b_weight = tl.load(weight + o_dim, mask=inside, other=0.0).to(tl.float32)
+    b_weight = 1.0
+    if weight is not None:
+        b_weight = tl.load(weight + o_dim, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     b_x = tl.load(x + i_row * x_stride + o_dim, mask=inside, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=0) / SIZE + eps)

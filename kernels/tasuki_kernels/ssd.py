@@ -25,8 +25,9 @@ class Mixer:
     """Weights and numbers of one mixer between its two projections.
 
     conv_weight: [kernel, conv_dim], the last row meets the newest token; conv_bias: [conv_dim] or
-    None; A (negative), D, dt_bias: [heads] float32; norm_weight: [heads * head_dim]. The sizes
-    conv_dim = heads * head_dim + 2 * groups * state_size are those of the states.
+    None; A (negative), D, dt_bias: [heads] float32. The sizes conv_dim = heads * head_dim + 2 *
+    groups * state_size are those of the states. The gated norm's weight lies in the projection that
+    follows.
     """
 
     conv_weight: torch.Tensor
@@ -34,7 +35,6 @@ class Mixer:
     A: torch.Tensor
     D: torch.Tensor
     dt_bias: torch.Tensor
-    norm_weight: torch.Tensor
     groups: int
     eps: float
     dt_limits: tuple[float, float]

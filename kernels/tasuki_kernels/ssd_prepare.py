@@ -67,7 +67,7 @@ def prepare(
         projected.stride(0),
         conv_states.stride(0),
         *mixer.dt_limits,
-        INNER=mixer.norm_weight.shape[0],
+        INNER=projected.shape[1] - channels - heads,
         CHANNELS=channels,
         KERNEL=kernel,
         HAS_BIAS=bias is not None,

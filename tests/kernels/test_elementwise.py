@@ -28,6 +28,20 @@ def test_rms_norm_divides_by_the_root_mean_square(shape, scale):
     close(norm.rms_norm(x, weight, eps), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_folded_into_a_matrix_leaves_one_without_a_weight(dtype):
+    weight, matrix = torch.randn(64).to(dtype), torch.randn(8, 64).to(dtype)
+    products = matrix.float() * weight.float()
+    folded = norm.RmsNorm(weight, 1e-5).fold_into_(matrix)
+    assert folded == norm.RmsNorm(None, 1e-5)
+    assert torch.equal(matrix, products.to(dtype))  # rounded once
+    x = torch.randn(3, 64).to(dtype)
+    with interpreted():
+        by_kernel = folded(x)
+    assert torch.equal(folded(x), norm.rms_norm(x, torch.ones(64), 1e-5))
+    torch.testing.assert_close(by_kernel, folded(x))
+
+
 def test_rms_norm_of_zeros_is_zero():
     assert not norm.rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-6).any()
 

@@ -56,14 +56,14 @@ CASES = [  # rows, outputs, inputs
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", [None, "weighted", "folded"])
 @pytest.mark.parametrize("activation", [None, "swiglu", "relu2"])
 @pytest.mark.parametrize("shape", CASES)
 def test_linear_is_the_product_with_its_edges(shape, activation, normed, biased):
     rows, outputs, inputs, plan = shape
     outputs *= 2 if activation == "swiglu" else 1
     x, weight, bias = case(rows, outputs, inputs, torch.float32, biased)
-    norm = RmsNorm(torch.randn(inputs), EPS) if normed else None
+    norm = RmsNorm(torch.randn(inputs) if normed == "weighted" else None, EPS) if normed else None
     with interpreted():
         result = gemm.linear(x, weight, bias, norm=norm, activation=activation, plan=plan)
     expected = exact(x, weight, bias, norm, activation)
@@ -106,6 +106,18 @@ def test_the_kernel_follows_the_rows():
         assert gemm.plan_for(x[:0], weight) == TORCH
     assert gemm.plan_for(x[:1], weight) == TORCH
     assert [gemm.rows_of_table(rows) for rows in (1, 2, 16, 17, 64)] == [1, 16, 16, 32, 64]
+
+
+def test_a_table_is_for_numbers_of_16_bits(monkeypatch):
+    """In float32 the pieces of a tuned product would not fit on a multiprocessor."""
+    choices = {"gemm_split": split(16, 32, 1).constants}
+    monkeypatch.setattr(gemm.tuning, "choice", lambda _, kernel, *key: choices.get(kernel))
+    gemm._plan.cache_clear()
+    x, weight, _ = case(20, 24, 64, torch.float32, False)
+    with interpreted():
+        assert gemm.plan_for(x.bfloat16(), weight.bfloat16()) == split(16, 32, 1)
+        assert gemm.plan_for(x, weight) == TORCH
+    gemm._plan.cache_clear()
 
 
 def test_no_rows_give_no_rows():

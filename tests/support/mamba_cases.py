@@ -78,7 +78,6 @@ class Step:
             A=-torch.rand(sizes.heads, generator=generator).mul(2).to(device),
             D=normal(sizes.heads).to(device),
             dt_bias=(normal(sizes.heads) - 2).to(device),
-            norm_weight=(1 + 0.2 * normal(sizes.inner)).to(device, dtype),
             groups=sizes.groups,
             eps=1e-5,
             dt_limits=dt_limits,
@@ -187,7 +186,7 @@ class Step:
         y = (state * C[:, None, :]).sum(-1) + mixer.D.double()[:, None] * x
         gated = (y.flatten() * F.silu(gate)).view(s.groups, -1)
         normed = gated / (gated.square().mean(-1, keepdim=True) + mixer.eps).sqrt()
-        return normed.flatten() * mixer.norm_weight.double(), history[1:], state
+        return normed.flatten(), history[1:], state
 
     def untouched(self, written: dict[int, object]) -> bool:
         """Whether all bytes but those of `written` and of the null slot are what they were."""

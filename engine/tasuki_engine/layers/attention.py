@@ -37,18 +37,25 @@ class AttentionShape:
 
 
 class Attention:
-    """Fused q, k, v projection; norm of q and k and rope where the model has them; attention; out.
+    """Norm; fused q, k, v projection; norm of q and k and rope where the model has them; attention;
+    output projection.
 
     layer: index among the layers of its cache group. scale: of the scores.
     """
 
     def __init__(
-        self, weights: Weights, prefix: str, shape: AttentionShape, layer: int, scale: float
+        self,
+        weights: Weights,
+        prefix: str,
+        shape: AttentionShape,
+        layer: int,
+        scale: float,
+        norm: RmsNorm,
     ) -> None:
         self.shape = shape
         self.layer = layer
         self.scale = scale
-        self.qkv = Linear.load(weights, *(f"{prefix}.{part}_proj" for part in "qkv"))
+        self.qkv = Linear.load(weights, *(f"{prefix}.{part}_proj" for part in "qkv"), norm=norm)
         self.out = Linear.load(weights, f"{prefix}.o_proj")
         self.qk_norm: QkNorm | None = None
         if f"{prefix}.q_norm.weight" in weights:
@@ -59,13 +66,12 @@ class Attention:
     def add_to(
         self,
         hidden: torch.Tensor,
-        norm: RmsNorm,
         plan: AttentionPlan,
         rope: RopeStep | None,
         scale: float = 1.0,
     ) -> None:
         """hidden += scale * attention(norm(hidden)); hidden: [tokens, hidden size]."""
         rows = self.shape.num_heads + 2 * self.shape.num_kv_heads
-        qkv = self.qkv(hidden, norm).view(hidden.shape[0], rows, self.shape.head_dim)
+        qkv = self.qkv(hidden).view(hidden.shape[0], rows, self.shape.head_dim)
         attended = attend(qkv, plan, self.layer, self.scale, norm=self.qk_norm, rope=rope)
         self.out.add_to(hidden, attended, scale)

@@ -8,27 +8,33 @@ from tasuki_kernels.norm import RmsNorm
 
 
 class Linear:
-    """y = x W^T + b, with a norm before and an activation after where the caller has them."""
+    """y = norm(x) W^T + b, with a norm before where there is one."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        norm: RmsNorm | None = None,
+    ) -> None:
+        """The norm's weight is multiplied into `weight`, on a GPU in place."""
         # On the CPU, products of few rows are a third faster with the transposed matrix in memory.
         self.weight = weight.t().contiguous().t() if weight.device.type == "cpu" else weight
+        self.norm = norm.fold_into_(self.weight) if norm else None
         self.bias = bias
 
     @classmethod
-    def load(cls, weights: Weights, *names: str) -> "Linear":
+    def load(cls, weights: Weights, *names: str, norm: RmsNorm | None = None) -> "Linear":
         """From `{name}.weight` and, where there is one, `{name}.bias`; several names are fused."""
         return cls(
             weights.fuse(*(f"{name}.weight" for name in names)),
             weights.fuse_optional(*(f"{name}.bias" for name in names)),
+            norm,
         )
 
-    def __call__(
-        self, x: torch.Tensor, norm: RmsNorm | None = None, activation: Activation | None = None
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, activation: Activation | None = None) -> torch.Tensor:
         """activation(norm(x) W^T + b); x: [tokens, in], returns [tokens, out]."""
-        return linear(x, self.weight, self.bias, norm=norm, activation=activation)
+        return linear(x, self.weight, self.bias, norm=self.norm, activation=activation)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> None:
-        """residual += scale * (x W^T + b), in place."""
+        """residual += scale * (x W^T + b), in place; of a product without a norm."""
         add_linear_(residual, x, self.weight, self.bias, scale)

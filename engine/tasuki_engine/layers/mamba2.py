@@ -53,31 +53,31 @@ class Mamba2Shape:
 
 
 class Mamba2:
-    """One mixer; `layer` is its index among the model's recurrent layers."""
+    """One mixer behind a norm; `layer` is its index among the model's recurrent layers."""
 
-    def __init__(self, weights: Weights, prefix: str, shape: Mamba2Shape, layer: int) -> None:
+    def __init__(
+        self, weights: Weights, prefix: str, shape: Mamba2Shape, layer: int, norm: RmsNorm
+    ) -> None:
         self.layer = layer
         take = weights.take
-        self.in_proj = Linear.load(weights, f"{prefix}.in_proj")
+        self.in_proj = Linear.load(weights, f"{prefix}.in_proj", norm=norm)
         self.out_proj = Linear.load(weights, f"{prefix}.out_proj")
+        RmsNorm(take(f"{prefix}.norm.weight"), shape.eps).fold_into_(self.out_proj.weight)
         self.mixer = ssd.Mixer(
             conv_weight=take(f"{prefix}.conv1d.weight").squeeze(1).t().contiguous(),
             conv_bias=weights.take_optional(f"{prefix}.conv1d.bias"),
             A=-torch.exp(take(f"{prefix}.A_log", torch.float32)),
             D=take(f"{prefix}.D", torch.float32),
             dt_bias=take(f"{prefix}.dt_bias", torch.float32),
-            norm_weight=take(f"{prefix}.norm.weight"),
             groups=shape.groups,
             eps=shape.eps,
             dt_limits=shape.dt_limits,
         )
 
-    def add_to(
-        self, hidden: torch.Tensor, norm: RmsNorm, state: StateStep, scale: float = 1.0
-    ) -> None:
+    def add_to(self, hidden: torch.Tensor, state: StateStep, scale: float = 1.0) -> None:
         """hidden += scale * mixer(norm(hidden)); [tokens, hidden size]; updates the states."""
         mixed = mamba2.mix(
-            self.in_proj(hidden, norm),
+            self.in_proj(hidden),
             state.conv[:, self.layer],
             state.ssm[:, self.layer],
             self.mixer,

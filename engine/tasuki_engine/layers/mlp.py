@@ -4,11 +4,10 @@ import torch
 
 from tasuki_engine.layers.linear import Linear
 from tasuki_kernels.gemm import Activation
-from tasuki_kernels.norm import RmsNorm
 
 
 class _Mlp:
-    """down(activation(up)), behind a norm."""
+    """down(activation(up)); a norm before belongs to `up`."""
 
     activation: Activation
 
@@ -16,11 +15,9 @@ class _Mlp:
         self.up = up
         self.down = down
 
-    def add_to(
-        self, residual: torch.Tensor, x: torch.Tensor, norm: RmsNorm | None, scale: float = 1.0
-    ) -> None:
-        """residual += scale * mlp(norm(x)); x, residual: [tokens, hidden], may be the same."""
-        self.down.add_to(residual, self.up(x, norm, self.activation), scale)
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> None:
+        """residual += scale * mlp(x); x, residual: [tokens, hidden], may be the same."""
+        self.down.add_to(residual, self.up(x, self.activation), scale)
 
 
 class GatedMlp(_Mlp):

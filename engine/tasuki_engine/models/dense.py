@@ -66,24 +66,24 @@ class _Layer:
         self, weights: Weights, prefix: str, shape: AttentionShape, index: int, windowed: bool
     ) -> None:
         self.windowed = windowed
-        self.attention_norm = RmsNorm(weights.take(f"{prefix}.input_layernorm.weight"), shape.eps)
-        self.mlp_norm = RmsNorm(
-            weights.take(f"{prefix}.post_attention_layernorm.weight"), shape.eps
-        )
         weights.drop(f"{prefix}.self_attn.rotary_emb.inv_freq")
+        attention_norm, mlp_norm = (
+            RmsNorm(weights.take(f"{prefix}.{name}_layernorm.weight"), shape.eps)
+            for name in ("input", "post_attention")
+        )
         self.attention = Attention(
-            weights, f"{prefix}.self_attn", shape, index, shape.head_dim**-0.5
+            weights, f"{prefix}.self_attn", shape, index, shape.head_dim**-0.5, attention_norm
         )
         self.mlp = GatedMlp(
-            Linear.load(weights, f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"),
+            Linear.load(weights, f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj", norm=mlp_norm),
             Linear.load(weights, f"{prefix}.mlp.down_proj"),
         )
 
     def add_to(self, hidden: torch.Tensor, plan: StepPlan) -> None:
         group = plan.window if self.windowed else plan.full
         assert group is not None
-        self.attention.add_to(hidden, self.attention_norm, group, plan.rope)
-        self.mlp.add_to(hidden, hidden, self.mlp_norm)
+        self.attention.add_to(hidden, group, plan.rope)
+        self.mlp.add_to(hidden, hidden)
 
 
 def _window(config: ModelConfig) -> int | None:

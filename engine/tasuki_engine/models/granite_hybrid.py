@@ -39,17 +39,20 @@ class GraniteHybrid(BaseModel):
         counts = {"mamba": 0, "attention": 0}
         for number, kind in enumerate(config.layer_types()):
             prefix = f"model.layers.{number}"
+            norm = RmsNorm(weights.take(f"{prefix}.input_layernorm.weight"), self.eps)
             mixer: Mamba2 | Attention
             if kind == "mamba":
-                mixer = Mamba2(weights, f"{prefix}.mamba", mamba, counts[kind])
+                mixer = Mamba2(weights, f"{prefix}.mamba", mamba, counts[kind], norm)
             else:
                 scale = float(config.get("attention_multiplier", 1.0))
-                mixer = Attention(weights, f"{prefix}.self_attn", attention, counts[kind], scale)
+                mixer = Attention(
+                    weights, f"{prefix}.self_attn", attention, counts[kind], scale, norm
+                )
             counts[kind] += 1
             self.layers.append(_Layer(weights, config, prefix, mixer, self.eps))
         # The head is linear: to divide before it costs nothing, to divide logits a pass over them.
-        norm = weights.take("model.norm.weight", torch.float32)
-        self.norm = RmsNorm(norm / float(config.get("logits_scaling", 1.0)), self.eps)
+        weight = weights.take("model.norm.weight", torch.float32)
+        self.norm = RmsNorm(weight / float(config.get("logits_scaling", 1.0)), self.eps)
         self.cache_spec = CacheSpec(
             full=attention.spec(counts["attention"]),
             window=None,
@@ -84,14 +87,18 @@ class _Layer:
         eps: float,
     ) -> None:
         self.mixer = mixer
-        self.mixer_norm = RmsNorm(weights.take(f"{prefix}.input_layernorm.weight"), eps)
-        self.mlp_norm = RmsNorm(weights.take(f"{prefix}.post_attention_layernorm.weight"), eps)
+        mlp_norm = RmsNorm(weights.take(f"{prefix}.post_attention_layernorm.weight"), eps)
+        sparse = config.get("num_local_experts", 0)
+        # With experts several products read it: it is computed once, before them.
+        self.norm = mlp_norm if sparse else None
         self.mlp = GatedMlp(
-            Linear.load(weights, f"{prefix}.shared_mlp.input_linear"),
+            Linear.load(
+                weights, f"{prefix}.shared_mlp.input_linear", norm=None if sparse else mlp_norm
+            ),
             Linear.load(weights, f"{prefix}.shared_mlp.output_linear"),
         )
         self.moe: SparseMoe | None = None
-        if config.get("num_local_experts", 0):
+        if sparse:
             self.moe = SparseMoe(
                 weights.take(f"{prefix}.block_sparse_moe.router.layer.weight"),
                 weights.take(f"{prefix}.block_sparse_moe.input_linear.weight"),
@@ -102,15 +109,13 @@ class _Layer:
     def add_to(self, hidden: torch.Tensor, plan: StepPlan, scale: float) -> None:
         if isinstance(self.mixer, Mamba2):
             assert plan.state is not None
-            self.mixer.add_to(hidden, self.mixer_norm, plan.state, scale)
+            self.mixer.add_to(hidden, plan.state, scale)
         else:
             assert plan.full is not None
-            self.mixer.add_to(hidden, self.mixer_norm, plan.full, plan.rope, scale)
-        if self.moe is None:
-            self.mlp.add_to(hidden, hidden, self.mlp_norm, scale)
-        else:
-            x = self.mlp_norm(hidden)
-            self.mlp.add_to(hidden, x, None, scale)
+            self.mixer.add_to(hidden, plan.full, plan.rope, scale)
+        x = self.norm(hidden) if self.norm else hidden
+        self.mlp.add_to(hidden, x, scale)
+        if self.moe:
             self.moe.add_to(hidden, x, scale)
 
 

@@ -28,26 +28,26 @@ class NemotronH(BaseModel):
         attention = AttentionShape.of(config, self.eps)
         mamba = _mamba_shape(config, self.eps)
         self.num_heads = attention.num_heads
-        self.layers: list[_Layer] = []
+        self.layers: list[Mamba2 | Attention | Relu2Mlp] = []
         counts = {"mamba": 0, "attention": 0, "mlp": 0}
         for number, kind in enumerate(config.layer_types()):
             prefix = f"{root}.layers.{number}"
+            norm = RmsNorm(weights.take(f"{prefix}.norm.weight"), self.eps)
             mixer: Mamba2 | Attention | Relu2Mlp
             if kind == "mamba":
-                mixer = Mamba2(weights, f"{prefix}.mixer", mamba, counts[kind])
+                mixer = Mamba2(weights, f"{prefix}.mixer", mamba, counts[kind], norm)
             elif kind == "attention":
                 scale = attention.head_dim**-0.5
-                mixer = Attention(weights, f"{prefix}.mixer", attention, counts[kind], scale)
+                mixer = Attention(weights, f"{prefix}.mixer", attention, counts[kind], scale, norm)
             elif kind == "mlp":
                 mixer = Relu2Mlp(
-                    Linear.load(weights, f"{prefix}.mixer.up_proj"),
+                    Linear.load(weights, f"{prefix}.mixer.up_proj", norm=norm),
                     Linear.load(weights, f"{prefix}.mixer.down_proj"),
                 )
             else:
                 raise ConfigError(f"layer {number} is of type {kind}, which Nemotron-H lacks here.")
             counts[kind] += 1
-            norm = RmsNorm(weights.take(f"{prefix}.norm.weight"), self.eps)
-            self.layers.append(_Layer(norm, mixer))
+            self.layers.append(mixer)
         self.norm = RmsNorm(weights.take(f"{root}.norm_f.weight"), self.eps)
         ssm_dtype = context.state_dtype or config.dtype_of("mamba_ssm_cache_dtype", "float32")
         self.cache_spec = CacheSpec(
@@ -67,27 +67,16 @@ class NemotronH(BaseModel):
         plan = self.plan(step, caches)
         hidden = self.embed(step.token_ids)
         for layer in self.layers:
-            layer.add_to(hidden, plan)
+            match layer:
+                case Mamba2():
+                    assert plan.state is not None
+                    layer.add_to(hidden, plan.state)
+                case Attention():
+                    assert plan.full is not None
+                    layer.add_to(hidden, plan.full, None)
+                case Relu2Mlp():
+                    layer.add_to(hidden, hidden)
         return self.logits(hidden, step.logits_rows, self.norm)
-
-
-class _Layer:
-    """One mixer behind a norm."""
-
-    def __init__(self, norm: RmsNorm, mixer: Mamba2 | Attention | Relu2Mlp) -> None:
-        self.norm = norm
-        self.mixer = mixer
-
-    def add_to(self, hidden: torch.Tensor, plan: StepPlan) -> None:
-        match self.mixer:
-            case Mamba2():
-                assert plan.state is not None
-                self.mixer.add_to(hidden, self.norm, plan.state)
-            case Attention():
-                assert plan.full is not None
-                self.mixer.add_to(hidden, self.norm, plan.full, None)
-            case Relu2Mlp():
-                self.mixer.add_to(hidden, hidden, self.norm)
 
 
 def _mamba_shape(config: ModelConfig, eps: float) -> Mamba2Shape:
