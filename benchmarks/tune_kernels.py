@@ -5,8 +5,9 @@
 A product is measured where it stands: in the captured decode step of the whole model, so many
 sequences at 1,024 tokens of context. What a kernel does to its neighbours, which start before it
 has ended, counts as well as its own time. One product's choice is changed at a time and kept when
-the step became shorter by more than the noise. The output is a table as `tasuki_kernels.tuning`
-reads it; entries of other shapes in it stay. Candidates are compiled by several processes first.
+the step became shorter by more than the noise, twice. The output is a table as
+`tasuki_kernels.tuning` reads it; entries of other shapes in it stay. Candidates are compiled by
+several processes first.
 """
 
 import argparse
@@ -30,10 +31,11 @@ from tasuki_kernels import gemm
 from tasuki_kernels.gemm import Activation, Plan
 from tasuki_kernels.norm import RmsNorm
 
-NOISE = 0.002
+NOISE = 0.001
+LOOKS = 3
 SECOND_LOOK = 6
 """Candidates of a product that are measured again once its neighbours have changed."""
-MIN_COUNT = 8
+MIN_COUNT = 4
 """Of several rows: rarer products, the head among them, stay with torch."""
 DEVICE = "cuda"
 SHARED_BYTES = 200 << 10
@@ -44,7 +46,8 @@ _by_table = gemm.plan_for
 class Product:
     """`rows` rows times weight [outputs, inputs].
 
-    adds: into the residual; others follow a norm. float32: of the head, whose results are.
+    adds: into the residual; others follow a norm. float32: of the head, whose results are, and
+    whose norm has its weight.
     """
 
     rows: int
@@ -108,23 +111,26 @@ def _vector_candidates(product: Product) -> Iterator[Plan]:
 
 
 def _split_candidates(product: Product) -> Iterator[Plan]:
-    for block_out, split, block_in in itertools.product((32, 64, 128), (1, 2, 4, 8), (64, 128)):
+    shapes = [(64, 64, 8), (64, 128, 5), (64, 128, 3), (64, 256, 4), (128, 128, 4)]
+    if product.outputs <= 2048:
+        shapes.append((32, 64, 8))
+    for (block_out, block_in, most_stages), split in itertools.product(shapes, (1, 2, 4, 8)):
         programs = -(-product.outputs // block_out) * split
         part = product.inputs // split
         fitting = SHARED_BYTES // (2 * block_in * (block_out + product.rows))
-        stages = min(fitting, part // block_in + 1, 8)
+        stages = min(fitting, part // block_in + 1, most_stages)
         if part * split != product.inputs or part % block_in or stages < 3:
             continue
-        if programs < 96 or (programs > 600 and split > 1):
+        if programs < 96 or (programs > 300 and split > 1):
             continue
-        for early, prefetch in ((0, 0), (0, 1), (1, 1)) if block_in == 64 else ((0, 1),):
+        for early, prefetch in ((0, 0), (1, 0), (1, 256)):
             constants = {
                 "BLOCK_OUT": block_out,
                 "BLOCK_IN": block_in,
                 "SPLIT": split,
                 "STAGES": stages,
                 "EARLY": early,
-                "PREFETCH": prefetch,
+                "PREFETCH": min(prefetch, part),
                 "num_warps": 4,
             }
             yield Plan("split", constants)
@@ -181,23 +187,26 @@ def microseconds(run: Callable[[], None]) -> float:
 def tune(step: Step, options: dict[Product, list[Plan]], deadline: float) -> tuple[float, float]:
     """Chooses a plan for each product; microseconds of a step before and after."""
     chosen = step.plans.chosen = {product: plans[0] for product, plans in options.items()}
-    at_first = fastest = microseconds(step.run)
-    for _ in range(2):
+    at_first = microseconds(step.run)
+    for _ in range(LOOKS):
         for product, plans in options.items():
             taken: dict[int, float] = {}
             best = chosen[product]
+            fastest = microseconds(step.run)
             for number, plan in enumerate(plans):
                 if time.monotonic() > deadline:
                     break
                 chosen[product] = plan
                 taken[number] = microseconds(step.run)
                 if taken[number] < fastest * (1.0 - NOISE):
-                    best, fastest = plan, taken[number]
+                    again = max(taken[number], microseconds(step.run))
+                    if again < fastest * (1.0 - NOISE):
+                        best, fastest = plan, again
             chosen[product] = best
             # A second look is for those that came near.
             nearest = sorted(taken, key=lambda number: taken[number])[:SECOND_LOOK]
             options[product] = [plans[number] for number in nearest]
-    return at_first, fastest
+    return at_first, microseconds(step.run)
 
 
 Job = tuple[int, Product, Plan]
@@ -228,7 +237,7 @@ def compile_one(job: Job) -> int:
         gemm.linear(
             x,
             weight,
-            norm=RmsNorm(empty(product.inputs), 1e-6),
+            norm=RmsNorm(empty(product.inputs) if product.float32 else None, 1e-6),
             activation=product.activation,
             dtype=torch.float32 if product.float32 else None,
             plan=plan,
@@ -251,10 +260,11 @@ def main() -> None:
     steps = list(itertools.product(arguments.rows, arguments.models))
     tuned: set[str] = set()
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        pool.map(time.sleep, [1.0] * arguments.processes, chunksize=1)  # until all have started
         for left, (rows, model) in zip(range(len(steps), 0, -1), steps, strict=True):
+            step = Step(arguments.configs / model, rows)
             share = (end - time.monotonic()) / left
             middle, deadline = time.monotonic() + 0.6 * share, time.monotonic() + share
-            step = Step(arguments.configs / model, rows)
             # Of a shape that two models have, the first one's choice stands.
             products = [
                 product
@@ -266,7 +276,7 @@ def main() -> None:
             compiled = compile_all(pool, jobs, middle)
             options: dict[Product, list[Plan]] = {product: [] for product in products}
             for number, product, plan in jobs:
-                if number in compiled:
+                if number in compiled or plan.kernel == "torch":
                     options[product].append(plan)
             at_first, fastest = tune(step, options, deadline)
             for product in products:

@@ -5,7 +5,7 @@ import torch
 from fresh_seed import fresh_seed
 from naive_gemm import exact
 
-from tasuki_kernels import activation, gemm, norm
+from tasuki_kernels import activation, gemm, norm, tuning
 from tasuki_kernels.norm import RmsNorm
 
 pytestmark = [
@@ -64,7 +64,7 @@ def test_linear_is_the_product_with_its_edges(shape, act, dtype):
     for rows in ROWS:
         x, weight, bias = case(rows, outputs * (2 if act == "swiglu" else 1), inputs, dtype)
         normed = RmsNorm(torch.randn(inputs, device="cuda").to(dtype), EPS)
-        for given_bias, given_norm in ((None, normed), (bias, None)):
+        for given_bias, given_norm in ((None, normed), (bias, None), (None, RmsNorm(None, EPS))):
             result = gemm.linear(x, weight, given_bias, norm=given_norm, activation=act)
             close(result, exact(x, weight, given_bias, given_norm, act), dtype)
 
@@ -89,14 +89,40 @@ def test_every_split_gives_the_product(split, product, dtype):
     plan = split_plan(*split)
     for rows in (2, 16, 31):
         x, weight, bias = case(rows, outputs * (2 if act == "swiglu" else 1), inputs, dtype)
-        normed = RmsNorm(torch.randn(inputs, device="cuda").to(dtype), EPS)
-        result = gemm.linear(x, weight, bias, norm=normed, activation=act, plan=plan)
-        close(result, exact(x, weight, bias, normed, act), dtype)
+        x *= 3.0
+        for norm_weight in (None, torch.randn(inputs, device="cuda").to(dtype)):
+            normed = RmsNorm(norm_weight, EPS)
+            result = gemm.linear(x, weight, bias, norm=normed, activation=act, plan=plan)
+            close(result, exact(x, weight, bias, normed, act), dtype)
         residual = strided(rows, weight.shape[0], dtype).normal_()
         expected = residual.double() + 0.22 * exact(x, weight, None, None, None)
         gemm.add_linear_(residual, x, weight, scale=0.22, plan=plan)
         close(residual, expected, dtype)
         assert residual._base.isnan().sum() == residual._base.numel() - residual.numel()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "key"),
+    [
+        (kernel, key)
+        for kernel in ("vector", "split")
+        for key in tuning.tables("NVIDIA H200")[-1][f"gemm_{kernel}"]
+    ],
+)
+def test_every_entry_of_the_shipped_table_gives_the_product(kernel, key):
+    plan = gemm.Plan(kernel, tuning.tables("NVIDIA H200")[-1][f"gemm_{kernel}"][key])
+    rows, outputs, inputs, *act = key.split("/")
+    x, weight, _ = case(int(rows), int(outputs), int(inputs), torch.bfloat16)
+    for count in {int(rows), int(rows) // 2 + 1}:
+        part, activation = x[:count], act[0] if act else None
+        normed = RmsNorm(None, EPS)
+        result = gemm.linear(part, weight, norm=normed, activation=activation, plan=plan)
+        close(result, exact(part, weight, None, normed, activation), torch.bfloat16)
+        if not act:
+            residual = strided(count, int(outputs), torch.bfloat16).normal_()
+            expected = residual.double() + 0.22 * exact(part, weight, None, None, None)
+            gemm.add_linear_(residual, part, weight, scale=0.22, plan=plan)
+            close(residual, expected, torch.bfloat16)
 
 
 def test_logits_come_in_float32_without_a_rounding_between():
@@ -117,7 +143,7 @@ def test_a_captured_chain_gives_the_bits_of_an_eager_one_every_time(rows, split)
     hidden, inner, layers = 1024, 3072, 8
     ups = [torch.randn(2 * inner, hidden, device="cuda").bfloat16() / 32 for _ in range(layers)]
     downs = [torch.randn(hidden, inner, device="cuda").bfloat16() / 55 for _ in range(layers)]
-    normed = RmsNorm(torch.randn(hidden, device="cuda").bfloat16(), EPS)
+    normed = RmsNorm(None, EPS)
     start = torch.randn(rows, hidden, device="cuda").bfloat16()
 
     def chain():

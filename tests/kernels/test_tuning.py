@@ -50,3 +50,16 @@ def test_the_shipped_tables_are_well_formed():
     assert files
     for file in files:
         assert tuning.tables(file.stem)[1]
+
+
+def test_the_shipped_pieces_divide_their_products_and_fit_on_a_multiprocessor():
+    entries = tuning.tables("NVIDIA H200")[1]["gemm_split"]
+    assert entries
+    for key, choice in entries.items():
+        rows, _, inputs = map(int, key.split("/")[:3])
+        part = inputs // choice["SPLIT"]
+        assert part * choice["SPLIT"] == inputs, key
+        assert part % choice["BLOCK_IN"] == 0, key
+        assert choice["PREFETCH"] <= part, key
+        stage = 2 * choice["BLOCK_IN"] * (choice["BLOCK_OUT"] + rows)
+        assert choice["STAGES"] * stage <= 227 << 10, key
