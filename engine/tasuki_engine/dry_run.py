@@ -17,6 +17,7 @@ from tasuki_engine.runner import Runner
 from tasuki_engine.sampler import SamplerRow
 from tasuki_engine.sequence import Sequence
 from tasuki_engine.storage import allocate
+from tasuki_kernels import gemm
 
 
 def fitted_plan(config: EngineConfig, model: Model) -> MemoryPlan:
@@ -43,18 +44,26 @@ def _step_bytes(model: Model, plan: MemoryPlan, block_size: int) -> int:
     units = {"full": blocks + 1, "window": blocks + 1, "state": 2}
     storage = allocate(model.cache_spec, units=units, block_size=block_size, device=model.device)
     runner = Runner(model, storage, plan, block_size)
-    seq = _sequence(tokens, block_size)
-    seq.full, seq.window, seq.slot, seq.row = list(range(1, blocks + 1)), [], 1, 0
-    seq.window = list(seq.full)
     torch.cuda.synchronize(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    runner.collect(runner.launch([Part(seq, 0, tokens, samples=True, checkpoints=[])]))
+    run_prompt(runner, tokens, block_size)
     peak = torch.cuda.max_memory_allocated(model.device)
+    # Products of few rows have kernels of their own, which decodes need as well.
+    for few in gemm.SIZES:
+        run_prompt(runner, min(few, tokens), block_size)
     _load_draws(model, plan.max_num_seqs)
     del storage, runner
     torch.cuda.empty_cache()
     return peak - before
+
+
+def run_prompt(runner: Runner, tokens: int, block_size: int) -> None:
+    """One step that computes a prompt of so many tokens, in the first blocks and the first slot."""
+    seq = _sequence(tokens, block_size)
+    seq.full = list(range(1, 1 + -(-tokens // block_size)))
+    seq.window, seq.slot, seq.row = list(seq.full), 1, 0
+    runner.collect(runner.launch([Part(seq, 0, tokens, samples=True, checkpoints=[])]))
 
 
 def _load_draws(model: Model, most: int) -> None:
