@@ -1,7 +1,7 @@
 """What a step takes of the device's memory beside weights and pools: measured, not guessed.
 
 One step of as many prompt tokens as a step may have runs on pools of just that size, before the
-real ones take the rest. It also loads the kernels that the first requests will need.
+real ones take the rest. It and some short ones load the kernels that the first requests will need.
 """
 
 import torch
@@ -49,8 +49,8 @@ def _step_bytes(model: Model, plan: MemoryPlan, block_size: int) -> int:
     before = torch.cuda.memory_allocated(model.device)
     run_prompt(runner, tokens, block_size)
     peak = torch.cuda.max_memory_allocated(model.device)
-    # Products of few rows have kernels of their own, which decodes need as well.
-    for few in gemm.SIZES:
+    # A prompt of one token is a decode; products of few rows have kernels of their own.
+    for few in (1, *gemm.SIZES):
         run_prompt(runner, min(few, tokens), block_size)
     _load_draws(model, plan.max_num_seqs)
     del storage, runner

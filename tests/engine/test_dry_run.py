@@ -23,7 +23,7 @@ def test_short_prompts_follow_the_longest_in_the_same_blocks(family, tmp_path):
     for region in storage.regions.values():
         region.fill_(255)  # NaN wherever nothing is written
     runner = Runner(model, storage, plan, config.block_size)
-    for tokens in (80, *gemm.SIZES):
+    for tokens in (80, 1, *gemm.SIZES):
         run_prompt(runner, tokens, config.block_size)
     for cache in (storage.caches.full, storage.caches.window, storage.caches.ssm):
         assert cache is None or torch.isfinite(cache[1:]).all()
