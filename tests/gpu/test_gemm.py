@@ -5,7 +5,7 @@ import torch
 from fresh_seed import fresh_seed
 from naive_gemm import exact
 
-from tasuki_kernels import activation, gemm, norm, tuning
+from tasuki_kernels import activation, gemm, norm
 from tasuki_kernels.norm import RmsNorm
 
 pytestmark = [
@@ -99,30 +99,6 @@ def test_every_split_gives_the_product(split, product, dtype):
         gemm.add_linear_(residual, x, weight, scale=0.22, plan=plan)
         close(residual, expected, dtype)
         assert residual._base.isnan().sum() == residual._base.numel() - residual.numel()
-
-
-@pytest.mark.parametrize(
-    ("kernel", "key"),
-    [
-        (kernel, key)
-        for kernel in ("vector", "split")
-        for key in tuning.tables("NVIDIA H200")[-1][f"gemm_{kernel}"]
-    ],
-)
-def test_every_entry_of_the_shipped_table_gives_the_product(kernel, key):
-    plan = gemm.Plan(kernel, tuning.tables("NVIDIA H200")[-1][f"gemm_{kernel}"][key])
-    rows, outputs, inputs, *act = key.split("/")
-    x, weight, _ = case(int(rows), int(outputs), int(inputs), torch.bfloat16)
-    for count in {int(rows), int(rows) // 2 + 1}:
-        part, activation = x[:count], act[0] if act else None
-        normed = RmsNorm(None, EPS)
-        result = gemm.linear(part, weight, norm=normed, activation=activation, plan=plan)
-        close(result, exact(part, weight, None, normed, activation), torch.bfloat16)
-        if not act:
-            residual = strided(count, int(outputs), torch.bfloat16).normal_()
-            expected = residual.double() + 0.22 * exact(part, weight, None, None, None)
-            gemm.add_linear_(residual, part, weight, scale=0.22, plan=plan)
-            close(residual, expected, torch.bfloat16)
 
 
 def test_logits_come_in_float32_without_a_rounding_between():
