@@ -1,7 +1,6 @@
 """How a step's prefill tokens are cut for the Triton kernels: once per step, for all layers."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,11 +69,6 @@ def plan_prefill(
     cuts = [_cuts(length, marks[seq]) for seq, length in enumerate(query_lens)]
     segments, summed, carried = _segment_tables(cuts, heads)
     bounds = [0, *(start + cut for start, ends in zip(starts, cuts, strict=False) for cut in ends)]
-    conv_blocks = [
-        [row, min(row + CONV_BLOCK, end), start, seq]
-        for seq, (start, end) in enumerate(itertools.pairwise(starts))
-        for row in range(start, end, CONV_BLOCK)
-    ]
     conv_exports = [[starts[seq] + n, starts[seq], seq, slot] for seq, n, slot in checkpoints]
     tables = {
         "bounds": np.array(bounds),
@@ -82,13 +76,24 @@ def plan_prefill(
         "segments": np.array(segments),
         "summed": np.array(summed),
         "carried": np.array(carried).reshape(-1, 3),
-        "conv_blocks": np.array(conv_blocks),
+        "conv_blocks": _conv_blocks(np.array(query_lens)),
         "conv_exports": np.array(conv_exports).reshape(-1, 4),
         "lens": np.array(query_lens),
     }
     on_device = dict(zip(tables, _to_device(list(tables.values()), slots.device), strict=True))
     num_carried = sum(count for _, count, _ in carried)
     return PrefillPlan(slots, context_lens, num_carried=num_carried, **on_device)
+
+
+def _conv_blocks(lens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`conv_blocks` of the plan."""
+    counts = -(-lens // CONV_BLOCK)
+    ends = lens.cumsum()
+    seq = np.repeat(np.arange(len(lens)), counts)
+    number = np.arange(len(seq)) - (counts.cumsum() - counts)[seq]
+    start = (ends - lens)[seq]
+    row = start + number * CONV_BLOCK
+    return np.stack((row, np.minimum(row + CONV_BLOCK, ends[seq]), start, seq), axis=1)
 
 
 def _segment_tables(
