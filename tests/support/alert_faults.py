@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 from pods import PodProcess
-from relays import Relay
+from relays import Relay, until
 
 CROWD = 128
 """Clients; the decode pods have room for a few, the last waits 15 s of an engine's CPU alone."""
@@ -104,9 +104,15 @@ def no_prefill_pods(relay: Relay) -> Iterator[None]:
 @contextlib.contextmanager
 def decode_pods_lost(relay: Relay) -> Iterator[None]:
     """One dies while it streams, others take over."""
+    dying = relay.decode[-1]
     with Clients(relay.url, 16, max_tokens=400):
-        time.sleep(3)
-        with _killed(relay, relay.decode[-1:]):
+
+        def streams_enough() -> bool:  # two more than the alert wants: some may be at their ends
+            names = ("tasuki_requests_running", "tasuki_requests_waiting")
+            return sum(map(dying.metric, names)) >= 6
+
+        until(streams_enough, 60.0, "the pod to be killed has too few streams")
+        with _killed(relay, [dying]):
             yield
 
 
