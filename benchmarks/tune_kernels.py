@@ -33,6 +33,7 @@ from tasuki_kernels.norm import RmsNorm
 
 NOISE = 0.001
 LOOKS = 3
+"""At each product, for a choice counts together with its neighbours'."""
 SECOND_LOOK = 6
 """Candidates of a product that are measured again once its neighbours have changed."""
 MIN_COUNT = 4

@@ -29,8 +29,8 @@ class RmsNorm:
     def fold_into_(self, matrix: torch.Tensor) -> "RmsNorm":
         """Multiplies matrix [out, d] by the weight; what then stands before its product.
 
-        The product of normed x with the weight, as it is written, rounds x to the dtype once more;
-        this rounds the matrix instead, and x not at all.
+        Rounds the matrix to its dtype once more; kernels that compute the norm with the product do
+        not round x.
         """
         if self.weight is not None:
             matrix.mul_(self.weight.float())

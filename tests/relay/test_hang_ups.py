@@ -18,10 +18,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 HANG_UPS = 1000
 AT_ONCE = 32
-POOLED = {"threads": 8, "engine descriptors": 2 * (STREAMS + 1)}
-"""By so many a process's pools may still grow to their bounds; a leak would be hundreds. A decode
-pod's link with the prefill pod has a connection for calls beside its streams, and may be down when
-all is counted first."""
+LINK = STREAMS + 1
+"""Connections of a decode pod's engine with the prefill pod's: streams, and one for calls. All may
+be down when things are counted first."""
+DECODE_PODS = 2
+POOLED = {"threads": 8, "engine descriptors": LINK}
+"""By so many a process's pools may still grow to their bounds; a leak would be hundreds."""
 MOMENTS = ("connected", "mid-request", "mid-prefill", "mid-stream")
 
 
@@ -77,7 +79,8 @@ def bound(name: str, before: int) -> int:
     """So much may be there in the end: what was there before, but for what is pooled."""
     if name.endswith("Redis"):
         return CONNECTIONS
-    return before + sum(more for kind, more in POOLED.items() if name.endswith(kind))
+    links = DECODE_PODS if name == "prefill-0 engine descriptors" else 1
+    return before + links * sum(more for kind, more in POOLED.items() if name.endswith(kind))
 
 
 async def settled(relay: Relay, baseline: dict[str, int], seconds: float) -> dict[str, int]:
