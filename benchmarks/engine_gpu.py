@@ -329,7 +329,7 @@ def plot(path: Path, results: dict[str, Found]) -> None:
             axes.plot(measured, figures, style, label=name)
         axes.set_xscale("log", base=2)
         axes.set(title=model, xlabel="sequences at context 1,024", ylim=(0, None))
-        axes.set_xticks(measured, [str(batch) for batch in measured])
+        axes.set_xticks(measured, [str(batch) for batch in measured], fontsize=7)
     panels[0][0].set_ylabel("ms a step")
     panels[0][0].legend()
     figure.savefig(path, dpi=130, bbox_inches="tight")
