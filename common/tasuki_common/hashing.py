@@ -8,6 +8,7 @@ the name of the block that ends there. Unchained hashes give false hits, so none
 
 import hashlib
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -38,11 +39,15 @@ def block_hashes(
     """Names of the full blocks of `tokens`, 16 bytes each, in order.
 
     `parent` is `root_hash(...)` for tokens from position 0, or the name of the block before them
-    when a known prefix is extended. A last block that is not full has no name.
+    when a known prefix is extended. A last block that is not full has no name. Tokens in an array
+    need not be packed: its bytes, on a little-endian host, are what is hashed.
     """
     digest = _DIGESTS[algorithm]
     full = len(tokens) - len(tokens) % block_size
-    packed = struct.pack(f"<{full}I", *tokens[:full])
+    if isinstance(tokens, array) and tokens.typecode == "i":
+        packed = tokens[:full].tobytes()
+    else:
+        packed = struct.pack(f"<{full}I", *tokens[:full])
     step = 4 * block_size
     names: list[bytes] = []
     for start in range(0, len(packed), step):

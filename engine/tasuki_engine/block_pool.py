@@ -3,11 +3,12 @@
 A unit is *free* (nobody's, without a name), *held* (by as many owners as it has references) or
 *cached* (nobody's, but it bears the name of what it contains and may be found again). `take` uses
 free units first and then forgets the cached unit that was let go the longest ago. Unit 0 is the
-null unit: never given out, a place for writes that nobody reads. Every operation is O(1).
+null unit: never given out, a place for writes that nobody reads. Every operation takes as long as
+it has units, however many the pool has.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 NULL = 0
 
@@ -66,30 +67,37 @@ class Pool:
         """`count` units with one reference each; None, and nothing done, if there are too few."""
         if count > self.available:
             return None
-        return [self._give_out(self._pick()) for _ in range(count)]
+        return self._give_out(count)
 
     def take_spare(self, *, dear: bool) -> int | None:
         """One unit for what nobody needs; no dear one is forgotten for what is not `dear`."""
         if self._free or self._cached[0] or (dear and self._cached[1]):
-            return self._give_out(self._pick())
+            return self._give_out(1)[0]
         return None
 
-    def hold(self, unit: int) -> None:
-        """Adds a reference to a held or cached unit."""
-        if self._references[unit] == 0:
-            del self._cached[self._dear[unit]][unit]
-        self._references[unit] += 1
+    def hold(self, *units: int) -> None:
+        """Adds a reference to each of these held or cached units."""
+        references = self._references
+        for unit in units:
+            if references[unit] == 0:
+                del self._cached[self._dear[unit]][unit]
+            references[unit] += 1
 
-    def drop(self, unit: int) -> None:
-        """Takes a reference away; the last one makes the unit cached if it is named, else free."""
-        self._references[unit] -= 1
-        if self._references[unit] > 0:
-            return
-        if self._names[unit] is not None and self._keep:
-            self._cached[self._dear[unit]][unit] = None
-            return
-        self._unname(unit)
-        self._free.append(unit)
+    def drop(self, *units: int) -> None:
+        """Takes a reference to each away; the last makes a named unit cached, another free.
+
+        In this order they will be forgotten.
+        """
+        references, names = self._references, self._names
+        for unit in units:
+            references[unit] -= 1
+            if references[unit] > 0:
+                continue
+            if names[unit] is not None and self._keep:
+                self._cached[self._dear[unit]][unit] = None
+                continue
+            self._unname(unit)
+            self._free.append(unit)
 
     def publish(self, unit: int, name: bytes, *, parent: bytes = b"", dear: bool = False) -> bool:
         """Names a held unit, so that it can be found; `parent` is told on with the name.
@@ -112,6 +120,15 @@ class Pool:
         """The unit of that name."""
         return self._by_name.get(name)
 
+    def find_run(self, names: Iterable[bytes]) -> list[int]:
+        """The units of the first names, up to one that no unit bears."""
+        units: list[int] = []
+        for unit in map(self._by_name.get, names):
+            if unit is None:
+                break
+            units.append(unit)
+        return units
+
     def forget(self, name: bytes) -> None:
         """Takes a name away: nobody finds its unit by it any more; who holds it keeps it."""
         unit = self._by_name.get(name)
@@ -129,17 +146,18 @@ class Pool:
                 self._cached[1][unit] = None
             self._dear[unit] = 1
 
-    def _pick(self) -> int:
-        if self._free:
-            return self._free.pop()
-        unit, _ = (self._cached[0] or self._cached[1]).popitem(last=False)
-        self._unname(unit)
-        return unit
-
-    def _give_out(self, unit: int) -> int:
-        self._references[unit] = 1
-        self.generation[unit] += 1
-        return unit
+    def _give_out(self, count: int) -> list[int]:
+        """So many available units, now with one reference each."""
+        units = self._free[: -count - 1 : -1]
+        del self._free[len(self._free) - len(units) :]
+        while len(units) < count:
+            unit, _ = (self._cached[0] or self._cached[1]).popitem(last=False)
+            self._unname(unit)
+            units.append(unit)
+        for unit in units:
+            self._references[unit] = 1
+            self.generation[unit] += 1
+        return units
 
     def _unname(self, unit: int) -> None:
         name = self._names[unit]

@@ -4,6 +4,8 @@ One step of as many prompt tokens as a step may have runs on pools of just that 
 real ones take the rest. It and some short ones load the kernels that the first requests will need.
 """
 
+from array import array
+
 import torch
 
 from tasuki_common.sampling import SamplingParams
@@ -82,6 +84,7 @@ def _sequence(tokens: int, block_size: int) -> Sequence:
     prompt, params = [0] * tokens, SamplingParams(temperature=0.0, max_tokens=1)
     return Sequence(
         EngineRequest(request_id="dry run", prompt_token_ids=prompt, sampling=params),
+        array("i", prompt),
         arrival=0,
         deadline=None,
         block_size=block_size,

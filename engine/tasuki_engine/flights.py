@@ -38,13 +38,16 @@ class Part:
         return self.start + self.num_tokens
 
 
+_Dropped = tuple[Pool, tuple[int, ...]]
+
+
 class Flights:
     """In order of launch; the oldest is settled first."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[list[Part], list[tuple[Pool, int]]]] = deque()
+        self._steps: deque[tuple[list[Part], list[_Dropped]]] = deque()
         """Parts, and what to give back when they are settled."""
-        self._sources: list[tuple[Pool, int]] = []
+        self._sources: list[_Dropped] = []
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -60,16 +63,16 @@ class Flights:
         _give_back(dropped)
         return parts
 
-    def drop(self, pool: Pool, unit: int) -> None:
-        """Takes a reference away as soon as no step in flight can touch the unit."""
+    def drop(self, pool: Pool, *units: int) -> None:
+        """Takes a reference to each away as soon as no step in flight can touch them."""
         if self._steps:
-            self._steps[-1][1].append((pool, unit))
+            self._steps[-1][1].append((pool, units))
         else:
-            pool.drop(unit)
+            pool.drop(*units)
 
     def drop_source(self, pool: Pool, unit: int) -> None:
         """The same for what a copy reads that goes before the next step."""
-        self._sources.append((pool, unit))
+        self._sources.append((pool, (unit,)))
 
     @property
     def copies(self) -> bool:
@@ -84,13 +87,13 @@ class Flights:
     def add_owners(self, counts: dict[str, Counter[int]]) -> None:
         """Counts the references that are held here, by pool."""
         waiting = [entry for _, dropped in self._steps for entry in dropped]
-        for pool, unit in waiting + self._sources:
-            counts[pool.name][unit] += 1
+        for pool, units in waiting + self._sources:
+            counts[pool.name].update(units)
         for parts, _ in self._steps:
             for part in parts:
                 counts.get("state", Counter()).update(c.slot for c in part.checkpoints)
 
 
-def _give_back(entries: list[tuple[Pool, int]]) -> None:
-    for pool, unit in entries:
-        pool.drop(unit)
+def _give_back(entries: list[_Dropped]) -> None:
+    for pool, units in entries:
+        pool.drop(*units)

@@ -105,11 +105,7 @@ class PrefixCache:
         full: list[int] = []
         reach = limit
         if self.full is not None:
-            for name in names[:limit]:
-                block = self.full.find(name)
-                if block is None:
-                    break
-                full.append(block)
+            full = self.full.find_run(names[:limit])
             reach = len(full)
         depth = self._resumable(names, reach)
         if depth == 0:
@@ -119,14 +115,12 @@ class PrefixCache:
     def hold(self, match: Match) -> None:
         """Adds a reference to all units of a match."""
         for pool, units in self._units(match):
-            for unit in units:
-                pool.hold(unit)
+            pool.hold(*units)
 
     def drop(self, match: Match) -> None:
         """Takes back what `hold` added; the deepest blocks are let go first."""
         for pool, units in self._units(match):
-            for unit in reversed(units):
-                pool.drop(unit)
+            pool.drop(*reversed(units))
 
     def _units(self, match: Match) -> Iterable[tuple[Pool, list[int]]]:
         if self.full is not None:

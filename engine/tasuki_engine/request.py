@@ -83,7 +83,7 @@ class HandOver(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Set when it ended without completing (aborted, deadline, failed); nothing stays pinned."""
 
 
-class CacheEvent(msgspec.Struct, frozen=True, array_like=True):
+class CacheEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A cached prefix block or checkpoint came or went; what the index publishes."""
 
     kind: Literal["block", "checkpoint"]

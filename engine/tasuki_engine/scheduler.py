@@ -319,13 +319,13 @@ class Scheduler:
 
     def _publish_blocks(self, seq: Sequence) -> None:
         settled = seq.num_settled // seq.block_size
-        for number in range(seq.num_published, settled):
-            name = seq.names[number]
-            if self._cache.full is not None:
-                parent = seq.names[number - 1] if number else b""
-                self._cache.full.publish(seq.full[number], name, parent=parent)
-            if self._cache.window is not None:
-                self._cache.window.publish(seq.window[number], name)
+        new, names = range(seq.num_published, settled), seq.names
+        if (full := self._cache.full) is not None:
+            for i in new:
+                full.publish(seq.full[i], names[i], parent=names[i - 1] if i else b"")
+        if (window := self._cache.window) is not None:
+            for i in new:
+                window.publish(seq.window[i], names[i])
         seq.num_published = settled
 
     def _free_behind_window(self, seq: Sequence) -> None:
@@ -347,9 +347,7 @@ class Scheduler:
             (self._cache.slots, [seq.slot]),
         ):
             if pool is not None:
-                for unit in reversed(units):
-                    if unit != NULL:
-                        self.flights.drop(pool, unit)
+                self.flights.drop(pool, *(unit for unit in reversed(units) if unit != NULL))
         seq.forget_progress()
 
 

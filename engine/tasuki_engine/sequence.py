@@ -1,6 +1,7 @@
 """One request while the engine works on it."""
 
 import enum
+from array import array
 
 from tasuki_common.hashing import HashAlgorithm, block_hashes
 from tasuki_engine.block_pool import NULL
@@ -65,6 +66,7 @@ class Sequence:
     def __init__(
         self,
         request: EngineRequest,
+        tokens: "array[int]",
         *,
         arrival: int,
         deadline: float | None,
@@ -75,7 +77,8 @@ class Sequence:
         max_tokens: int,
         sampler_row: SamplerRow,
     ) -> None:
-        """`parent` is the root of its block names, None to name none."""
+        """tokens: those of the request, typecode "i". parent: the root of its block names, None to
+        name none."""
         self.request = request
         self.id = request.request_id
         self.arrival = arrival
@@ -87,7 +90,7 @@ class Sequence:
         self.sampler_row = sampler_row
         self.state = State.WAITING
         self.output = sampler_row.output_token_ids
-        self.tokens = request.prompt_token_ids + self.output
+        self.tokens = tokens
         self.parent = parent
         self.names: list[bytes] = []
         if parent is not None:

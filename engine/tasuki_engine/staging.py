@@ -1,6 +1,8 @@
 """One step's parts as one array of int32: all that the device must be told, in one copy."""
 
 import dataclasses
+import struct
+from array import array
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +42,8 @@ class Staged:
 def stage(parts: list[Part]) -> Staged:
     """Packs a step; block numbers that the device's tables lack go along, and are booked."""
     base = len(parts) * RECORD
-    extra: list[int] = []
-    numbers: list[int] = []
+    extra = array("i")
+    records: list[int] = []
     rows: list[int] = []
     scored_rows: list[int] = []
     sampling: list[Part] = []
@@ -57,13 +59,13 @@ def stage(parts: list[Part]) -> Staged:
         full, window = seq.num_tabled, seq.num_tabled_window
         full_at, new_full = base + len(extra), len(seq.full) - full
         if new_full:
-            extra += seq.full[full:]
+            extra.extend(seq.full[full:])
             seq.num_tabled = len(seq.full)
         window_at, new_window = base + len(extra), len(seq.window) - window
         if new_window:
-            extra += seq.window[window:]
+            extra.extend(seq.window[window:])
             seq.num_tabled_window = len(seq.window)
-        numbers += (
+        records += (
             *(seq.row, start, length, first, tokens_at, seq.slot, seq.num_shared),
             *(full, new_full, full_at, window, new_window, window_at),
             *_PADDING,
@@ -81,14 +83,15 @@ def stage(parts: list[Part]) -> Staged:
     sampled_at = rows_at + len(rows) + len(scored_rows)
     sources_at = sampled_at + len(rows)
     targets_at = sources_at + len(copies)
+    rows += scored_rows
+    rows += [part.sequence.row for part in sampling]
+    rows += [source for source, _ in copies]
+    rows += [target for _, target in copies]
+    numbers = bytearray(struct.pack(f"{base}i", *records))
     numbers += extra
-    numbers += rows
-    numbers += scored_rows
-    numbers += [part.sequence.row for part in sampling]
-    numbers += [source for source, _ in copies]
-    numbers += [target for _, target in copies]
+    numbers += struct.pack(f"{len(rows)}i", *rows)
     return Staged(
-        numbers=np.array(numbers, np.int32),
+        numbers=np.frombuffer(numbers, np.int32),
         num_tokens=first,
         num_decodes=num_decodes,
         sampling=sampling,

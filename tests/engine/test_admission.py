@@ -32,6 +32,9 @@ def test_admission_ends_where_the_limits_are(make_engine: MakeEngine, rng: rando
     [
         ({"prompt_token_ids": []}, "prompt", "no token"),
         ({"prompt_token_ids": [1, VOCAB_SIZE]}, "prompt", str(VOCAB_SIZE)),
+        ({"prompt_token_ids": [1, -3, VOCAB_SIZE]}, "prompt", "Token id -3"),
+        ({"prompt_token_ids": [1, 2**31, -1]}, "prompt", str(2**31)),
+        ({"output_token_ids": [1, VOCAB_SIZE]}, "prompt", str(VOCAB_SIZE)),
         ({"prompt_token_ids": [1] * 256}, "prompt", "256"),
         (
             {"sampling": SamplingParams(logit_bias={1: 1.0, 900: 1.0, 999: 1.0})},

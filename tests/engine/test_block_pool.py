@@ -64,9 +64,11 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.names)
     @rule(data=st.data())
     def hold_found(self, data: st.DataObject) -> None:
-        unit = self.names[data.draw(st.sampled_from(sorted(self.names)))]
-        self.pool.hold(unit)
-        self.held.append(unit)
+        names = data.draw(st.lists(st.sampled_from(sorted(self.names)), min_size=1, max_size=3))
+        units = [self.names[name] for name in names]
+        assert self.pool.find_run([*names, b"nobody's", *names]) == units
+        self.pool.hold(*units)
+        self.held += units
 
     @rule(name=NAMES)
     def forget(self, name: bytes) -> None:
@@ -76,9 +78,10 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
-        unit = data.draw(st.sampled_from(self.held))
-        self.held.remove(unit)
-        self.pool.drop(unit)
+        units = data.draw(st.permutations(self.held))[: data.draw(st.integers(1, 3))]
+        for unit in units:
+            self.held.remove(unit)
+        self.pool.drop(*units)
 
     @invariant()
     def balances(self) -> None:
