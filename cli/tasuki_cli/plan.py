@@ -1,7 +1,9 @@
 """What `tasuki up` starts for a deployment: a pure function from the file to command lines."""
 
 import dataclasses
+import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -47,7 +49,8 @@ class Surroundings:
     """One per prefill pod, then one per decode pod."""
     run_folder: Path
     redis_server: str | None
-    has_cuda: bool
+    devices: tuple[str, ...]
+    """CUDA devices, as CUDA_VISIBLE_DEVICES names them; pods are dealt out to them in turn."""
     transfer_key: str
     api_key: str | None
     log_level: str
@@ -59,8 +62,11 @@ def processes(deployment: InferenceDeployment, around: Surroundings) -> list[Pro
     pods: list[tuple[Part, str]] = []
     pods += [("prefill", f"prefill-{i}") for i in range(spec.prefill.replicas)]
     pods += [("decode", f"decode-{i}") for i in range(spec.decode.replicas)]
+    devices = around.devices if spec.engine.device != "cpu" else ()
+    sharing = -(-len(pods) // len(devices)) if devices else 1
+    turns = itertools.cycle(devices or (None,))
     planned = [
-        _pod(deployment, around, part, name, port)
+        _pod(deployment, around, part, name, port, next(turns), sharing)
         for (part, name), port in zip(pods, around.pod_ports, strict=True)
     ]
     planned.append(_gateway(deployment, around, [pod.address for pod in planned]))
@@ -75,9 +81,14 @@ def policy(deployment: InferenceDeployment) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(given, exposed=True, prefill_threshold=None))
 
 
-def cuda_is_here() -> bool:
-    """Whether this machine has a CUDA device, told without importing torch."""
-    return Path("/dev/nvidiactl").exists()
+def cuda_devices() -> tuple[str, ...]:
+    """The CUDA devices that pods may use, told without importing torch."""
+    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not here:
+        return tuple(map(str, range(here)))
+    names = (name.strip() for name in chosen.split(","))
+    return tuple(itertools.takewhile(lambda name: name not in ("", "-1"), names))  # as CUDA does
 
 
 def redis_executable() -> str | None:
@@ -110,10 +121,18 @@ def _redis(executable: str, folder: Path) -> Process:
 
 
 def _pod(
-    deployment: InferenceDeployment, around: Surroundings, part: Part, name: str, port: int
+    deployment: InferenceDeployment,
+    around: Surroundings,
+    part: Part,
+    name: str,
+    port: int,
+    device: str | None,
+    sharing: int,
 ) -> Process:
+    """A pod on a CUDA device that `sharing` pods share, or on the CPU."""
     spec = deployment.spec
     engine = spec.engine.settings()
+    engine["memory_share"] = spec.engine.memory_share / sharing
     if spec.model.revision is not None:
         engine["revision"] = spec.model.revision
     return Process(
@@ -124,14 +143,17 @@ def _pod(
             *("--model", around.model, "--served-name", deployment.served_name),
             *("--aliases", ",".join(spec.model.aliases)),
             *("--host", "127.0.0.1", "--port", str(port), "--pod-name", name),
-            *("--transfer-backends", ",".join(_backends(spec, around.has_cuda))),
+            *("--transfer-backends", ",".join(_backends(spec, device))),
             *("--transfer-host", "127.0.0.1", "--transfer-port", "0"),
             *("--lease-seconds", str(spec.transfer.lease_seconds)),
             *("--drain-seconds", str(_DRAIN_SECONDS), "--log-level", around.log_level),
             *("--policy-file", str(around.run_folder / POLICY)),
             *("--engine", json.dumps(engine), *_index(around)),
         ),
-        environ={"TASUKI_TRANSFER_KEY": around.transfer_key},
+        environ={
+            "TASUKI_TRANSFER_KEY": around.transfer_key,
+            **({} if device is None else {"CUDA_VISIBLE_DEVICES": device}),
+        },
         address=f"http://127.0.0.1:{port}",
         stop_seconds=_DRAIN_SECONDS + 5.0,
     )
@@ -155,10 +177,10 @@ def _gateway(deployment: InferenceDeployment, around: Surroundings, seeds: list[
     )
 
 
-def _backends(spec: Spec, has_cuda: bool) -> list[str]:
+def _backends(spec: Spec, device: str | None) -> list[str]:
     if spec.transfer.backends is not None:
         return list(spec.transfer.backends)
-    return ["nixl", "tcp"] if has_cuda and spec.engine.device != "cpu" else ["tcp"]
+    return ["tcp"] if device is None else ["nixl", "tcp"]
 
 
 def _tasuki(verb: str) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def _surroundings(
         pod_ports=[free for free in ports.free_ports("127.0.0.1", pods + 1) if free != port][:pods],
         run_folder=folder,
         redis_server=plan.redis_executable(),
-        has_cuda=plan.cuda_is_here(),
+        devices=plan.cuda_devices(),
         transfer_key=secrets.token_hex(32),
         api_key=chosen.api_key,
         log_level=chosen.log_level,

@@ -38,7 +38,8 @@ class EngineConfig:
     hash_algorithm: HashAlgorithm = "xxh3"
     """sha256 where prompts of mutually hostile tenants share a cache without salts."""
     memory_share: float = 0.9
-    """Share of the free device memory for weights and pools (CUDA)."""
+    """Share of the device's memory for the process's weights and pools, as far as it is free
+    (CUDA)."""
     num_blocks: int | None = None
     """Overrides the number of KV blocks; None: from memory (CPU: 1 GiB for all pools)."""
     num_window_blocks: int | None = None

@@ -189,8 +189,10 @@ def seen_blocks(spec: CacheSpec, block_size: int) -> int:
 def _budget(config: EngineConfig, device: torch.device, step_bytes: int) -> int:
     if device.type != "cuda":
         return CPU_BUDGET
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(0, int(free * config.memory_share) - step_bytes - _SPARE)
+    # Not of what is free: of two processes that start at once, each would count on the same bytes.
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(total * config.memory_share) - torch.cuda.memory_allocated(device)
+    return max(0, min(share, free) - step_bytes - _SPARE)
 
 
 def _fitted_len(config: EngineConfig, wanted: int, num_blocks: int | None, budget: int) -> int:

@@ -166,7 +166,7 @@ class EngineSpec(Model):
     hash_algorithm: Literal["xxh3", "sha256"] = "xxh3"
     """Names of cached blocks; sha256 where mutually hostile tenants share a cache."""
     memory_share: float = Field(default=0.9, gt=0.0, le=1.0)
-    """Share of the free device memory for weights and caches (CUDA)."""
+    """Share of the device's memory for a pod's weights and caches, as far as it is free (CUDA)."""
     num_blocks: Positive | None = None
     """KV blocks of a pod; absent: from memory."""
     num_state_slots: Positive | None = None

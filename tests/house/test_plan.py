@@ -28,7 +28,7 @@ AROUND = plan.Surroundings(
     pod_ports=[1, 2, 3],
     run_folder=Path("/run/tasuki"),
     redis_server="/bin/redis-server",
-    has_cuda=True,
+    devices=("0",),
     transfer_key="k3y",
     api_key="s3cret",
     log_level="info",
@@ -84,11 +84,30 @@ def test_secrets_stay_out_of_command_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "has_cuda", "backends"),
-    [("auto", True, "nixl,tcp"), ("auto", False, "tcp"), ("cpu", True, "tcp")],
+    ("device", "devices", "backends"),
+    [("auto", ("0",), "nixl,tcp"), ("auto", (), "tcp"), ("cpu", ("0",), "tcp")],
 )
 def test_nixl_is_for_cuda_unless_the_file_says_so(
-    device: str, has_cuda: bool, backends: str
+    device: str, devices: tuple[str, ...], backends: str
 ) -> None:
-    pod = planned(device, has_cuda=has_cuda)[1]
+    pod = planned(device, devices=devices)[1]
     assert flag(pod, "--transfer-backends") == backends
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "dealt", "share"),
+    [
+        ("auto", ("0",), ["0", "0", "0"], 0.3),
+        ("cuda", ("2", "GPU-5"), ["2", "GPU-5", "2"], 0.45),
+        ("auto", ("0", "1", "2", "3"), ["0", "1", "2"], 0.9),
+        ("auto", (), [None] * 3, 0.9),
+        ("cpu", ("0", "1"), [None] * 3, 0.9),
+    ],
+)
+def test_pods_are_dealt_out_to_the_devices_and_share_their_memory(
+    device: str, devices: tuple[str, ...], dealt: list[str | None], share: float
+) -> None:
+    pods = [p for p in planned(device, devices=devices) if p.part in ("prefill", "decode")]
+    assert [pod.environ.get("CUDA_VISIBLE_DEVICES") for pod in pods] == dealt
+    shares = [json.loads(flag(pod, "--engine"))["memory_share"] for pod in pods]
+    assert shares == pytest.approx([share] * 3)

@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 import tiny_models
+import torch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
@@ -78,15 +79,15 @@ class Up:
         return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.fixture
-def up(tmp_path: Path) -> Iterator[Up]:
+@contextlib.contextmanager
+def started(tmp_path: Path, engine: str) -> Iterator[Up]:
     model = tiny_models.make("granite_hybrid", tmp_path, 1)
     file = tmp_path / "tiny.yaml"
     file.write_text(
         "apiVersion: tasuki.dev/v1alpha1\nkind: InferenceDeployment\nmetadata: {name: tiny}\n"
         "spec:\n"
         f"  model: {{source: 'file://./{model.relative_to(tmp_path)}'}}\n"
-        "  gateway: {prefillThreshold: 0}\n  engine: {numBlocks: 256, numStateSlots: 64}\n"
+        f"  gateway: {{prefillThreshold: 0}}\n  engine: {{{engine}}}\n"
     )
     running = Up(file, tmp_path / "up.log")
     try:
@@ -98,6 +99,12 @@ def up(tmp_path: Path) -> Iterator[Up]:
         running.process.wait(30)
         assert running.process.stdout is not None
         running.process.stdout.close()
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    with started(tmp_path, "numBlocks: 256, numStateSlots: 64") as running:
+        yield running
 
 
 def test_a_killed_decode_pod_comes_back_and_ctrl_c_leaves_nothing(up: Up) -> None:
@@ -139,6 +146,23 @@ def test_the_prompt_is_computed_on_one_pod_and_continued_on_the_other(up: Up) ->
         "no more than the last block"
     )
     assert counter(decode, "tasuki_transfer_bytes_total") > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pods_are_dealt_out_to_the_cards_and_share_their_memory(tmp_path: Path) -> None:
+    cards = torch.cuda.device_count()
+    with started(tmp_path, "memoryShare: 0.2") as up:
+        up.ask()
+        chosen = [
+            up.leader(name).environ()["CUDA_VISIBLE_DEVICES"] for name in ("prefill-0", "decode-0")
+        ]
+        said = up.said()
+    assert chosen == ["0", str(1 % cards)]
+    assert "ended with" not in said
+    share = (0.2 if cards > 1 else 0.1) * torch.cuda.get_device_properties(0).total_memory
+    budgets = list(map(int, re.findall(r"engine_memory .*\bbudget_bytes=(\d+)", said)))
+    assert len(budgets) == 2
+    assert all(share / 2 < budget < share for budget in budgets), budgets
 
 
 def counter(metrics: str, name: str) -> float:
