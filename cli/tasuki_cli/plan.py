@@ -81,9 +81,9 @@ def policy(deployment: InferenceDeployment) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(given, exposed=True, prefill_threshold=None))
 
 
-def cuda_devices() -> tuple[str, ...]:
-    """The CUDA devices that pods may use, told without importing torch."""
-    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
+def cuda_devices(nodes: Path = Path("/dev")) -> tuple[str, ...]:
+    """The CUDA devices that pods may use, told by their `nodes` without importing torch."""
+    here = len(list(nodes.glob("nvidia[0-9]*")))
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or not here:
         return tuple(map(str, range(here)))
@@ -132,7 +132,7 @@ def _pod(
     """A pod on a CUDA device that `sharing` pods share, or on the CPU."""
     spec = deployment.spec
     engine = spec.engine.settings()
-    engine["memory_share"] = spec.engine.memory_share / sharing
+    engine["memory_share"] /= sharing
     if spec.model.revision is not None:
         engine["revision"] = spec.model.revision
     return Process(

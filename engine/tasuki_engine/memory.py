@@ -29,7 +29,7 @@ class MemoryPlan:
     """Sizes of everything; unit counts include the null unit and are 0 for what a model lacks."""
 
     budget_bytes: int
-    """For all pools; 0 when every pool's size was given."""
+    """For all pools, unless their sizes were given."""
     step_bytes: int
     """At the peak of the largest step (CUDA)."""
     block_bytes: int
@@ -74,7 +74,8 @@ def plan(
     """Sizes that fit the memory, of which a step needs `step_bytes` (CUDA).
 
     Raises:
-        ConfigError: when a given size cannot hold what another given size demands; it names both.
+        ConfigError: when a given size cannot hold what another given size demands, naming both; or
+            when nothing is left for a pool whose size was not given.
     """
     block_size = config.block_size
     step_tokens = config.max_num_batched_tokens or _STEP_TOKENS.get(device.type, 8192)
@@ -87,6 +88,15 @@ def plan(
         window=block_bytes(spec.window, block_size, spec.kv_dtype) if spec.window else 0,
         state=slot_bytes(spec.state) if spec.state else 0,
     )
+    sized = (config.num_blocks, config.num_window_blocks, config.num_state_slots)
+    if not budget and any(
+        unit and not given for unit, given in zip(dataclasses.astuple(size), sized, strict=True)
+    ):
+        raise ConfigError(
+            f"memory_share is {config.memory_share}; beside the weights and a step's {step_bytes} "
+            "bytes it leaves nothing of the device's memory for KV blocks and state slots. Raise "
+            "it, free memory on the device, or give num_blocks and num_state_slots."
+        )
     longest = -(-wanted_len // block_size) if size.full else 0
     window_need = _window_need(spec, block_size, wanted_len, sequences, most_tokens)
     if size.state:

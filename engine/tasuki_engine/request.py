@@ -84,7 +84,10 @@ class HandOver(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class CacheEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A cached prefix block or checkpoint came or went; what the index publishes."""
+    """A cached prefix block or checkpoint came or went; what the index publishes.
+
+    Prompts bring hundreds of them at once, which the garbage collector need not count.
+    """
 
     kind: Literal["block", "checkpoint"]
     stored: bool

@@ -10,6 +10,7 @@ from relay import run
 
 from tasuki_common.errors import ConfigError, OverloadedError, RequestError
 from tasuki_common.sampling import SamplingParams
+from tasuki_engine import memory
 
 
 def test_admission_ends_where_the_limits_are(make_engine: MakeEngine, rng: random.Random) -> None:
@@ -65,6 +66,15 @@ def test_sizes_that_cannot_work_are_refused_at_start(make_engine: MakeEngine) ->
     assert engine.plan.max_num_seqs == 4
     engine, _ = make_engine(num_blocks=10, max_model_len=None)
     assert engine.max_model_len == 72
+
+
+def test_an_engine_without_memory_for_its_pools_is_refused_at_start(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CPU_BUDGET", 0)
+    with pytest.raises(ConfigError, match=r"memory_share is 0\.9.*nothing"):
+        make_engine(num_blocks=None)
+    make_engine(num_blocks=40, num_state_slots=20)
 
 
 def test_requests_that_give_up_behind_one_that_waits_are_forgotten(

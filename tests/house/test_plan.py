@@ -95,6 +95,31 @@ def test_nixl_is_for_cuda_unless_the_file_says_so(
 
 
 @pytest.mark.parametrize(
+    ("nodes", "chosen", "devices"),
+    [
+        (["nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"], None, ("0", "1")),
+        (["nvidia0", "nvidia1"], "1, GPU-5", ("1", "GPU-5")),
+        (["nvidia0", "nvidia1"], "1,-1,0", ("1",)),
+        (["nvidia0"], "", ()),
+        ([], "0", ()),
+    ],
+)
+def test_devices_are_those_that_cuda_would_show(
+    nodes: list[str],
+    chosen: str | None,
+    devices: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for node in nodes:
+        (tmp_path / node).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert plan.cuda_devices(tmp_path) == devices
+
+
+@pytest.mark.parametrize(
     ("device", "devices", "dealt", "share"),
     [
         ("auto", ("0",), ["0", "0", "0"], 0.3),
